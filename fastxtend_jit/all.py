@@ -1,0 +1,10 @@
+"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps, and the two classes they are made with"
+from .optimizer import JitOptimizer,JitLookahead
+from .sgd import *
+from .rmsprop import *
+from .adam import *
+from .radam import *
+from .qhadam import *
+from .larc import *
+from .lamb import *
+from .ranger import *
