@@ -6,7 +6,7 @@ import copy,math,os
 import pytest
 import torch
 from hypothesis import HealthCheck,settings,strategies as st
-from hypothesis.stateful import RuleBasedStateMachine,initialize,precondition,rule,run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine,initialize,invariant,rule,run_state_machine_as_test
 from fastcore.foundation import L
 from torch import nn
 
@@ -35,7 +35,7 @@ class Game(RuleBasedStateMachine):
     "fastai's optimizer is the model. `self.opts` are fastai's and ours, each with its own parameters as `ps`"
     def __init__(self, jit):
         super().__init__()
-        self.jit,self.patch = jit,pytest.MonkeyPatch()
+        self.jit,self.patch,self.hows,self.scale = jit,pytest.MonkeyPatch(),['new'],1.
 
     def teardown(self): self.patch.undo()
 
@@ -79,37 +79,38 @@ class Game(RuleBasedStateMachine):
             assert ours.count == native.count and (ours.slow_weights is None) == (native.slow_weights is None)
             for a,b in zip(ours.slow_weights or [], native.slow_weights or []): [close(s, t, TOL[s.dtype], 'slow weights') for s,t in zip(a,b)]
 
-    @rule(hows=lists(pick(['new','none','keep','add','zero','expanded',*LAYOUTS])), seed=seeds, scale=pick([1.,1e-3,1e3]))
-    def backward(self, hows, seed, scale):
-        "New gradients for parameters that are not frozen: none, added to the old one or a tensor of their own in any layout"
-        torch.manual_seed(seed)
+    def backward(self):
+        "New gradients for parameters that are not frozen: none, added to the old one, or a tensor of their own in any layout"
         for i,(p,q) in enumerate(zip(*[opt.ps for opt in self.opts])):
-            how = hows[i%len(hows)]
-            g = torch.randn(p.shape, dtype=p.dtype)*scale
+            how = self.hows[i%len(self.hows)]
+            g = torch.randn(p.shape, dtype=p.dtype)*self.scale
             if how == 'keep' or not q.requires_grad: continue
             if how == 'none': p.grad = q.grad = None; continue
             if how == 'add' and q.grad is not None:
-                p.grad.add_(g)
+                p.grad += g
                 if torch._debug_has_internal_overlap(q.grad) == 1: q.grad = p.grad.clone()
-                else: q.grad.add_(g)
+                else: q.grad += g
                 continue
             if how == 'zero': g.zero_()
             if how == 'expanded' and g.dim() and len(g): g = g[:1].expand(g.shape)
-            else: g = lay(g, self.layouts[i] if how == 'new' else how)
+            else: g = lay(g, self.layouts[i] if how in ('new','add') else how)
             p.grad,q.grad = g.clone(memory_format=torch.contiguous_format),g
 
-    @rule(n=st.integers(1,8))
-    def step(self, n):
-        "Several steps on the same gradients, which ours leave alone; fastai's L2 changes them"
-        native,ours = self.opts
-        grads = [p.grad for p in ours.ps]
-        for _ in range(n):
-            native.step()
-            ours.step()
+    @invariant()
+    def train(self):
+        "After whatever happened, none to two steps. Ours leaves gradients alone; fastai's L2 changes them, which is undone"
+        for _ in range(torch.randint(3, (1,))):
+            if torch.rand(1) < 0.8: self.backward()
+            native,ours = self.opts
+            grads = [p.grad for p in ours.ps]
+            for opt in self.opts: opt.step()
             for p,q,g in zip(native.ps, ours.ps, grads):
                 assert q.grad is g
-                if 'l2_reg' in str(native.cbs) and g is not None: p.grad.copy_(g)
+                if not self.case.kw['decouple_wd'] and g is not None: p.grad.copy_(g)
             self.agree()
+
+    @rule(hows=lists(pick(['new','new','none','keep','add','zero','expanded',*LAYOUTS])), scale=pick([1.,1e-3,1e3]))
+    def gradients(self, hows, scale): self.hows,self.scale = hows,scale
 
     @rule()
     def zero_grad(self):
