@@ -7,15 +7,17 @@ Docs: https://fastxtend.github.io/fastxtend_jit/learner.html.md"""
 # %% auto #0
 __all__ = ['jit_opt']
 
-# %% ../nbs/20_learner.ipynb #951ba107
+# %% ../nbs/20_learner.ipynb #a01b66f5
 import inspect,itertools,time
 from copy import deepcopy
 from functools import cache,partial
 from typing import Callable
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from fastcore.basics import GetAttr,patch,store_attr
 from fastai.callback.core import Callback,CancelFitException
@@ -106,7 +108,7 @@ def to_native(self:Learner) -> Learner:
     "Set `Learner` back to fastai's own optimizer, a live one with state, hypers and frozen groups; raises `TypeError` if there is none"
     return _switch(self, False)
 
-# %% ../nbs/20_learner.ipynb #9b642e2c
+# %% ../nbs/20_learner.ipynb #93afaa74
 class _Batches(GetAttr):
     "The same `n` batches each time, in place of the DataLoader `dl`"
     _default = 'dl'
@@ -128,8 +130,13 @@ class _Losses(Callback):
 
 def _copy(learn):
     "A copy of `learn`, which shares with it nothing but the items of its datasets"
-    ds = [getattr(dl, 'dataset', None) for dl in learn.dls.loaders]
-    return deepcopy(learn, {id(d):d for d in ds if hasattr(d, '__getitem__') and not isinstance(d, IterableDataset)})
+    ds,copy_tensor = [getattr(dl, 'dataset', None) for dl in learn.dls.loaders],Tensor.__deepcopy__
+    # PyTorch copies no tensor that was computed with gradients. Some are left over from training: AWD-LSTM's dropped-out weights
+    with mock.patch.object(Tensor, '__deepcopy__', lambda t,memo: copy_tensor(t if t.is_leaf else t.detach(), memo)):
+        res = deepcopy(learn, {id(d):d for d in ds if hasattr(d, '__getitem__') and not isinstance(d, IterableDataset)})
+    # nor does it copy gradients. With an old one of zeros, fastai goes on to decay a frozen parameter
+    for p,q in zip(learn.model.parameters(), res.model.parameters()): q.grad = None if p.grad is None else p.grad.clone()
+    return res
 
 def _timed(f, dev):
     "`f`, and the list to which it adds the seconds of each call"
@@ -149,7 +156,7 @@ def _train(learn, jit, batches, steps, lr, rng):
     c.dls.loaders[0] = _Batches(c.dls.train, batches, steps)
     set_random_states(**rng)
     if c.opt is None: c.create_opt()
-    weights = lambda: [[p.detach().cpu().double() for p in pg if p.numel()] for pg in c.opt.param_lists]
+    weights = lambda: [[p.detach().to('cpu', torch.float64, copy=True) for p in pg if p.numel()] for pg in c.opt.param_lists]
     start,dev,losses = weights(),next(c.model.parameters()).device,_Losses()
     c.opt.step,step = _timed(c.opt.step, dev)
     c.opt.zero_grad,zero = _timed(c.opt.zero_grad, dev)
@@ -157,7 +164,7 @@ def _train(learn, jit, batches, steps, lr, rng):
     with c.no_logging(), c.no_mbar(): c.fit(1, lr=lr, cbs=losses)
     return [f.__name__ for f in _find(c.opt)[0]],start,weights(),[float(o) for o in losses.noted],{'optimizer step':step, 'zero_grad':zero, 'training step':whole}
 
-# %% ../nbs/20_learner.ipynb #aaef3749
+# %% ../nbs/20_learner.ipynb #a48ecc57
 def _largest(xs, ys=None):
     "Largest absolute element of `xs`, or of the difference of `xs` and `ys`, 0 if there is none"
     return float(torch.stack([t.abs().max() for t in (xs if ys is None else map(torch.sub, xs, ys))]).max()) if xs else 0.
@@ -173,9 +180,9 @@ def _plot(names, losses, times):
         ms = [1e3*pd.Series(t[k], dtype=float).median() for t in times]
         for j,m in enumerate(ms):
             b.barh(i+0.4*j, m/ms[0], 0.36, color=f'C{j}', alpha=(0.5,1)[j])
-            b.text(m/ms[0]+0.01, i+0.4*j, f'{m:.3g} ms'+(f', {ms[0]/m:.2g}x' if j else ''), va='center')
-    b.set(yticks=[i+0.2 for i in range(len(times[0]))], yticklabels=list(times[0]), xlim=(0,1.3), xlabel=f"time, {names[0]} = 1", title=f'Median times of {len(losses[0])} steps')
-    b.invert_yaxis(); fig.tight_layout(); plt.show()
+            b.text(m/ms[0]+0.01, i+0.4*j, f'{m:.3g} ms'+(f', {ms[0]/m:.3g}x' if j else ''), va='center')
+    b.set(yticks=[i+0.2 for i in range(len(times[0]))], yticklabels=list(times[0]), xlabel=f"time, {names[0]} = 1", title=f'Median times of {len(losses[0])} steps')
+    b.margins(x=0.3); b.invert_yaxis(); fig.tight_layout(); plt.show()
 
 @patch
 def compare_opt(self:Learner,

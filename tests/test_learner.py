@@ -1,0 +1,319 @@
+"`to_jit`, `to_native`, `jit_opt`, `compare_opt` and `explain`, and the messages that a new user meets"
+import copy,pickle,random
+from functools import partial
+from typing import List
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import nn,Tensor
+
+from tests.learners import quiet,tabular,tensor_dls,text,vision
+from tests.cases import *
+from fastai.callback.all import CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,SaveModelCallback
+from fastai.callback.core import Callback
+from fastai.imports import noop
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
+from fastcore.foundation import L
+from fastxtend_jit import explain,learner
+from fastxtend_jit.learner import jit_opt
+
+eight = pytest.mark.parametrize('case', EIGHT, ids=str)
+
+# --- which goes with which
+
+@pytest.mark.parametrize('native,jit', PAIRS, ids=lambda f: f.__name__)
+def test_jit_opt(native, jit):
+    assert jit_opt(native) is jit and jit_opt(jit) is jit
+    f = jit_opt(partial(partial(native, eps=1e-7), wd=0.1))
+    assert f.func is jit and f.keywords == dict(eps=1e-7, wd=0.1)
+    assert jit_opt(f) is f
+    assert pickle.loads(pickle.dumps(f)).func is jit
+
+@pytest.mark.parametrize('bad', [torch.optim.Adam, partial(OptimWrapper, opt=torch.optim.Adam), lambda ps, lr: Adam(ps, lr), adam_jit_step, 'Adam', None])
+def test_no_counterpart(bad, tmp_path):
+    for f in (lambda: jit_opt(bad), vision(bad, tmp_path).to_jit, vision(bad, tmp_path).to_native):
+        with pytest.raises(TypeError, match=r'has no counterpart.*SGD \(sgd_jit\).*ranger \(ranger_jit\)'): f()
+
+# --- a live optimizer
+
+def grads(seed, shapes):
+    torch.manual_seed(seed)
+    return [torch.randn(s, dtype=torch.float64) for s in shapes]
+
+def walk(case, switches, shapes=[(3,),(7,5),(),(4,2,3,3)], steps=24):
+    "Train in float64; at each of `switches`, convert the optimizer"
+    start = grads(0, shapes)
+    ps = [nn.Parameter(t) for t in start]
+    jit = False
+    opt = case.make([ps[:1],ps[1:]], jit, lr=[0.01,0.02])
+    opt.state[ps[0]].update(do_wd=False, force_train=True)
+    for i in range(steps):
+        if i in switches:
+            old,jit = opt,not jit
+            opt = learner._converted(opt, jit)
+            assert opt is not old and isinstance(opt, JitOptimizer) == jit and opt.frozen_idx == old.frozen_idx
+            assert not {id(t) for st in old.state.values() for t in st.values() if isinstance(t, torch.Tensor)} & \
+                       {id(t) for st in opt.state.values() for t in st.values() if isinstance(t, torch.Tensor)}
+        if i == 4: opt.freeze_to(1)   # frozen, without `clear_state`, and with a gradient left from before
+        if i == 14: opt.freeze_to(0)
+        opt.set_hyper('lr', [h['lr']*0.99 for h in opt.hypers])
+        opt.set_hyper('mom', 0.95 - 0.01*(i%7))  # as one-cycle does, also where there is no momentum
+        for n,(p,g) in enumerate(zip(ps, grads(100+i, shapes))):
+            if p.requires_grad and not (n == 3 and i < 10): p.grad = g  # the last one comes late
+        opt.step()
+        opt.zero_grad()
+    opt.ps = ps
+    return opt
+
+@pytest.mark.parametrize('switches', [(0,),(1,),(7,),(7,13),(6,12,18)], ids=str)
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_converts_in_the_middle(case, switches):
+    never,now = walk(case, ()),walk(case, switches)
+    for i,(p,q) in enumerate(zip(never.ps, now.ps)): close(q, p, TOL[torch.float64], f'parameter {i}')
+    for o in (never,now):
+        for p in o.ps: o.state[p].pop('local_lr', None)  # fastai's Larc leaves its last learning rate there
+    same_state(now, never, TOL[torch.float64])
+    assert never.frozen_idx == now.frozen_idx
+    if hasattr(never, 'slow_weights'): assert (never.count,never.k,never.alpha) == (now.count,now.k,now.alpha)
+
+class MyOptimizer(Optimizer): "May do anything"
+
+@pytest.mark.parametrize('make', [lambda ps, **kw: Lookahead(Adam(ps, **kw)), lambda ps, lr: Optimizer(ps, [sgd_step], lr=lr), lambda ps, **kw: MyOptimizer(ps, [], **kw),
+                                  lambda ps, **kw: OptimWrapper(ps, torch.optim.SGD, **kw),
+                                  lambda ps, lr: Optimizer(ps, [partial(sgd_step, odd=[1])], lr=lr)])
+def test_live_without_counterpart(make, tmp_path):
+    "What it does counts, not what `opt_func` says; and the Learner stays as it was"
+    learn = vision(make, tmp_path)
+    learn.create_opt()
+    opt,learn.opt_func = learn.opt,Adam
+    with pytest.raises(TypeError, match=r'live optimizer.*has no counterpart.*SGD \(sgd_jit\)'): learn.to_jit()
+    assert learn.opt is opt and learn.opt_func is Adam
+
+def lion_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float): torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
+
+def test_own_step_has_no_native(tmp_path):
+    learn = vision(partial(JitOptimizer, opt_step=lion_step, mom=0.9), tmp_path)
+    learn.create_opt()
+    learn.opt_func = adam_jit
+    with pytest.raises(TypeError, match='has no counterpart'): learn.to_native()
+
+# --- a Learner
+
+class Switch(Callback):
+    "Convert in the middle of an epoch"
+    def __init__(self, f): self.f = f
+    def before_batch(self):
+        if self.training and self.iter == 2: self.f(self.learn)
+
+def fit_switching(case, path, between, within):
+    set_seed(0)
+    learn = vision(partial(case.native, **case.kw), path)
+    learn.fit_one_cycle(1, 1e-2)
+    between(learn)
+    learn.freeze()
+    learn.fit(1, slice(1e-3,1e-2), cbs=Switch(within))
+    learn.unfreeze()
+    learn.fit_one_cycle(1, slice(1e-3,1e-2), cbs=Switch(Learner.to_jit if within is not noop else noop))
+    return learn
+
+@eight
+def test_learner_goes_on(case, tmp_path):
+    never,now = fit_switching(case, tmp_path, noop, noop),fit_switching(case, tmp_path, Learner.to_jit, Learner.to_native)
+    assert isinstance(now.opt, JitOptimizer) and now.opt_func.func is case.jit and now.opt_func.keywords == case.kw
+    for (n,p),q in zip(never.model.state_dict().items(), now.model.state_dict().values()): close(q, p, 1e-9, n)
+    assert now.to_native() is now and not isinstance(now.opt, JitOptimizer) and now.opt_func.func is case.native
+
+@pytest.mark.parametrize('to', [Learner.to_jit, Learner.to_native])
+def test_no_op_where_it_is(to, tmp_path):
+    learn = to(vision(ranger, tmp_path))
+    assert learn.opt is None
+    learn.create_opt()
+    opt,func = learn.opt,learn.opt_func
+    assert to(learn) is learn and learn.opt is opt and learn.opt_func is func
+
+def test_vision_learner(tmp_path):
+    from fastai.vision.all import vision_learner,resnet18
+    dls = tensor_dls(torch.randn(8, 3, 32, 32), torch.randint(2, (8,)), bs=4, n_valid=4)
+    learn = vision_learner(dls, resnet18, pretrained=False, n_out=2, loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    learn.freeze()
+    quiet(learn.to_jit()).fine_tune(1)
+    assert isinstance(learn.opt, JitOptimizer) and learn.opt.frozen_idx == 0 and len(learn.opt.param_lists) == 3
+
+# --- compare_opt
+
+def snapshot(learn):
+    "All of a Learner that must stay, copied"
+    item = lambda o: o.clone() if isinstance(o, torch.Tensor) else copy.deepcopy(o)
+    return dict(model={k:item(v) for k,v in learn.model.state_dict().items()}, grads=[p.grad is not None and item(p.grad) for p in learn.model.parameters()],
+        requires=[p.requires_grad for p in learn.model.parameters()], training=learn.model.training,
+        opt=learn.opt and item(learn.opt.state_dict()), frozen=learn.opt and learn.opt.frozen_idx, opt_id=id(learn.opt),
+        cbs=[id(cb) for cb in learn.cbs], recorder={k:item(getattr(learn.recorder, k, None)) for k in ('lrs','losses','values','iters','log')},
+        rng=[dl.rng.getstate() for dl in learn.dls.loaders], loaders=[id(dl) for dl in learn.dls.loaders], attrs=sorted(vars(learn)),
+        python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), items=[item(getattr(getattr(dl, 'items', None), 'idxs', None)) for dl in learn.dls.loaders])
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return a.shape == b.shape and torch.allclose(a, b, 0, 0, equal_nan=True)
+    if isinstance(a, np.ndarray): return (a == b).all()
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple,L)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+def compared(learn, steps=6, **kw):
+    "What `compare_opt` returns, once it is sure that it changed nothing"
+    before = snapshot(learn)
+    res = learn.compare_opt(steps, **{'show':False, **kw})
+    after = snapshot(learn)
+    assert not [k for k in before if not equal(before[k], after[k])]
+    return res
+
+def same(df, tol): return (df['relative to largest'].dropna() <= tol).all() and df['relative to largest'].notna().sum() == len(df)-3
+
+@eight
+@pytest.mark.parametrize('made', ['frozen','native','jit'])
+def test_compare_opt(case, made, tmp_path):
+    set_seed(0)
+    learn = vision(partial(case.native, **case.kw), tmp_path, train_bn=False)
+    if made == 'frozen': learn.freeze_to(1)
+    else: learn.fit_one_cycle(1, 1e-2)
+    if made == 'jit': learn.to_jit()
+    df = compared(learn)
+    assert list(df.columns[:2]) == [case.native.__name__,case.jit.__name__] and df.columns.name == 'medians of 6 steps'
+    assert same(df, 1e-10) and (df.iloc[:3,:3] > 0).all().all()
+    moved = df.iloc[4:,1]
+    assert len(moved) == 3 and (moved[1:] > 1e-5).all() and (moved.iloc[0] == 0) == (made == 'frozen')
+    assert [len(v) for v in df.attrs['losses'].values()] == [6,6]
+
+@pytest.mark.parametrize('make', [tabular,text], ids=lambda f: f.__name__)
+def test_compare_other_learners(make, tmp_path):
+    set_seed(0)
+    learn = make(Adam, tmp_path)
+    learn.fit(1, 1e-2)
+    assert same(compared(learn), 1e-9)
+
+def test_compare_tells_a_difference(tmp_path, monkeypatch):
+    learn = vision(Adam, tmp_path)
+    right = adam_jit_step.compiled
+    monkeypatch.setitem(vars(adam_jit_step), 'compiled', lambda *a: right(*a[:5], a[5]*1.5, *a[6:]))
+    assert adam_jit_step.args[5] == 'lr'
+    assert (compared(learn)['relative to largest'].dropna() > 1e-4).all()
+
+def test_compare_with_callbacks(tmp_path):
+    "Callbacks that change training are in it; those that write or stop keep still"
+    learn = vision(Adam, tmp_path)
+    learn.add_cbs([GradientClip(0.1), GradientAccumulation(16), SaveModelCallback(monitor='valid_loss', with_opt=True), CSVLogger(), EarlyStoppingCallback()])
+    df = compared(learn, 8)
+    assert same(df, 1e-10) and len(df.attrs['seconds']['Adam']['optimizer step']) == 4
+    assert not list(tmp_path.rglob('*'))
+
+def test_compare_dropout(tmp_path):
+    learn = vision(Adam, tmp_path)
+    learn.model = nn.Sequential(learn.model[0], learn.model[1], nn.Sequential(nn.Dropout(0.5), *learn.model[2]))
+    assert same(compared(learn), 1e-10)
+
+def test_compare_frozen_with_old_gradients(tmp_path):
+    "As in fastai, weights frozen after training go on decaying: their gradients are zero, not `None`"
+    learn = vision(Adam, tmp_path, wd=0.1, train_bn=False)
+    learn.fit(1, 1e-2)
+    learn.freeze()
+    df = compared(learn, lr=1e-2)
+    assert same(df, 1e-10) and 1e-4 < df.iloc[4,1] < 1e-2
+
+def test_compare_rest(tmp_path):
+    learn = vision(partial(SGD, mom=0.9), tmp_path)
+    assert same(compared(learn, 25, lr=1e-3), 1e-10)  # more steps than batches
+    learn.model[0][0].weight.data.fill_(float('nan'))
+    assert compared(learn)['largest difference'].isna().sum() > 3  # a model that is broken does not look equal
+    with pytest.raises(ValueError, match='at least 1'): learn.compare_opt(0)
+    with pytest.raises(TypeError, match='has no counterpart'): vision(torch.optim.Adam, tmp_path).compare_opt()
+    learn.dls.loaders[0] = tensor_dls(torch.randn(9, 2, 6, 6), torch.randint(3, (9,)), bs=4).train.new(drop_last=True)
+    with pytest.raises(ValueError, match='gives no batch'): learn.compare_opt()
+
+def test_compare_shows(tmp_path, monkeypatch):
+    figs = []
+    monkeypatch.setattr(plt, 'show', lambda: figs.append(plt.gcf()))
+    df = vision(Adam, tmp_path).compare_opt(3)
+    assert len(figs) == 1 and [len(a.lines)+len(a.patches) for a in figs[0].axes] == [2,6]
+    assert 'NaN' not in df._repr_html_() + repr(df) and 'weights moved, group 0' in df._repr_html_()
+    plt.close('all')
+
+# --- explain
+
+def explained(case, dtype=torch.float32, steps=1, shapes=[(300,40),(40,),(8,4,3,3)]):
+    opt = case.make([[nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]], True)
+    for p in opt.all_params().itemgot(0): p.grad = torch.randn_like(p)
+    for _ in range(steps): opt.step()
+    return opt
+
+class Counts(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n = getattr(self, 'n', 0)+1
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('steps', [1,5,12])
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_explain(case, steps):
+    "It counts what the next step really calls, and changes nothing"
+    opt = explained(case, steps=steps)
+    before = copy.deepcopy((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].step))
+    df = opt.explain()
+    assert equal((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].step), before)
+    with Counts() as real: opt.step()
+    assert df['ATen calls'].sum() == real.n
+    assert df['tensors'].sum() == 3 and df['elements'].sum() == 300*40+40+8*4*9 and (df['wd'] == 0.01).all()
+
+def path(opt): return opt.explain().iloc[0][['path','why not faster']].tolist()
+
+def test_explain_says_why(monkeypatch):
+    adam,radam,qhadam = [Case(None, j, kw) for j,kw in ((adam_jit,{}), (radam_jit,{}), (qhadam_jit,dict(nu_2=0.8)))]
+    assert path(explained(adam)) == ['fused','']
+    assert path(explained(radam)) == ['foreach','fused from a later step on'] and path(explained(radam, steps=9)) == ['fused','']
+    assert path(explained(qhadam)) == ['foreach','no fused form for these hypers']
+    opt = explained(adam)
+    p = opt.param_lists[0][2]
+    p.grad = p.grad.to(memory_format=torch.channels_last)
+    assert path(opt) == ['fused','lays out 1 gradients anew']
+    own = JitOptimizer([nn.Parameter(torch.randn(3))], lion_step, lr=0.1, mom=0.9)
+    own.param_lists[0][0].grad = torch.randn(3)
+    own.step()
+    assert path(own) == ['foreach','the step has no fused form']
+    gaps = adam_jit([nn.Parameter(torch.randn(4, 9)[:,::2])], 0.1)
+    gaps.param_lists[0][0].grad = torch.randn(4, 5)
+    gaps.step()
+    assert path(gaps) == ['foreach','the parameters have gaps in memory']
+    monkeypatch.setattr('fastxtend_jit.optimizer.has_fused', lambda *_: False)
+    assert path(explained(adam, torch.bfloat16)) == ['foreach','no fused kernel for bfloat16 on cpu']
+    monkeypatch.setitem(vars(adam_jit_step), 'compiled', adam_jit_step.fn)
+    assert path(explained(adam))[1] == 'no fused kernel for float32 on cpu; TorchScript does not support this Python'
+
+def test_explain_buckets():
+    ps = [nn.Parameter(torch.randn(n, dtype=d)) for n,d in ((5,torch.float32),(6,torch.float32),(7,torch.float64),(8,torch.float32))]
+    opt = adam_jit([ps[:3],ps[3:]], 0.1, wd=0.1)
+    opt.state[ps[1]]['do_wd'] = False
+    for p in ps: p.grad = torch.randn_like(p)
+    opt.step()
+    df = opt.explain()
+    assert df[['group','wd','dtype','device','elements']].values.tolist() == [[0,0.1,'float32','cpu',5], [0,0.,'float32','cpu',6], [0,0.1,'float64','cpu',7], [1,0.1,'float32','cpu',8]]
+
+def test_explain_scratch():
+    def step(params:List[Tensor], grads:List[Tensor], lr:float):
+        a = torch._foreach_mul(grads, 2.)
+        b = torch._foreach_mul(a, 2.)
+        a = torch._foreach_mul(b, lr)
+        torch._foreach_sub_(params, a)
+    opt = JitOptimizer([nn.Parameter(torch.randn(2**18))], step, lr=0.1)
+    opt.param_lists[0][0].grad = torch.randn(2**18)
+    opt.step()
+    assert opt.explain()['scratch, MiB'].tolist() in ([2.],[3.])  # two of them live at a time, three where Python lets go later
+
+@pytest.mark.parametrize('when', ['new','no gradient','cleared','copied'])
+def test_explain_before_the_first_step(when):
+    opt = explained(EIGHT[-1], steps=when != 'new')
+    if when == 'cleared': opt.clear_state()
+    if when == 'copied': opt = copy.deepcopy(opt)
+    if when == 'no gradient':
+        for p in opt.all_params().itemgot(0): p.grad = None
+    with pytest.raises(RuntimeError, match='no step to explain yet.*Take one first'): opt.explain()
