@@ -4,7 +4,6 @@ import warnings
 import pandas as pd
 import torch
 from torch import nn
-from torch import Tensor
 from torch.nn import functional as F
 with warnings.catch_warnings():  # fastai scripts a layer while it is imported, and sets an option that pandas no longer has
     warnings.simplefilter('ignore')

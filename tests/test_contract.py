@@ -6,18 +6,24 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.learners import *
+from tests.learners import Float64,autocast_net,cross_entropy,float32_net,float64_net,gan,quiet,tabular,text,vision
 from tests.cases import *
 from tests.test_parity import dev
+from fastai.basics import Callback,Learner,load_learner,set_seed,tensor
+from fastai.callback.all import (CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,ModelToHalf,NonNativeMixedPrecision,
+                                 ReduceLROnPlateau,SaveModelCallback)
 from fastai.vision.gan import set_freeze_model
 
 pytestmark = [pytest.mark.filterwarnings(f) for f in (
     'error:Could not load the optimizer state',      # what fastai makes of a failed load
     'ignore:.*insecure pickle module',               # `load_learner`, always
     'ignore:numpy.core is deprecated',               # `Learner.load`
-    'ignore:The given NumPy array is not writable')] # fastai's tabular data
+    'ignore:You are shadowing an attribute',         # fastai's GANs
+    'ignore:The given NumPy array is not writable',  # fastai's tabular data
+    'ignore:grad and param do not obey')]            # what `data_replaced` is about
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
 
 SCENARIOS = {}
