@@ -9,7 +9,7 @@ __all__ = ['models', 'rows', 'eight', 'Row', 'interleave', 'bytes_moved', 'flat_
            'time_cell', 'time_training', 'bare_step', 'import_time', 'time_engine', 'markdown', 'machine', 'Report',
            'main']
 
-# %% ../nbs/30_bench.ipynb #91159fc8
+# %% ../nbs/30_bench.ipynb #274f76eb
 import gc,importlib.util,inspect,json,os,platform,random,subprocess,sys
 from collections import Counter
 from dataclasses import dataclass,field
@@ -30,7 +30,6 @@ from fastcore.script import call_parse
 
 from . import __version__
 from .all import *
-from .script import JitStep
 from fastai.callback.core import Callback,CancelFitException,CancelValidException
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,OptimWrapper,ranger
 
@@ -283,7 +282,7 @@ def time_training(
     with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=turns)
     return {n: 1000*np.median(ts[2:]) for n,ts in turns.times.items()}
 
-# %% ../nbs/30_bench.ipynb #0c17de14
+# %% ../nbs/30_bench.ipynb #4374432b
 def _small(n):
     "`n` parameters of 64 elements, with gradients"
     ps = [nn.Parameter(torch.empty(64)) for _ in range(n)]
@@ -291,20 +290,14 @@ def _small(n):
     return ps
 
 def bare_step(
-    params:list # Parameters with gradients
+    opt # One of our optimizers with one group, after a step
 ) -> Callable:
-    "What `adam_jit` calls in a step over `params`, with nothing around it"
-    calls,compiled = [],adam_jit_step.compiled
-    def record(*args):
-        calls.append([[*a] if isinstance(a, list) else a for a in args])
-        compiled(*args)
-    step = JitStep(adam_jit_step.fn, adam_jit_step.elementwise)
-    step.compiled = record
-    opt = JitOptimizer(params, step, True, **adam_jit(params, lr=_lr).hypers[0])
-    for _ in range(3): calls.clear(); opt.step()
-    def bare():
-        for args in calls: compiled(*args)
-    return bare
+    "What `opt` is there to call: its compiled step, over lists that are ready, with nothing around it"
+    step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
+    given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1, decouple_wd=opt.decouple_wd, **opt.hypers[0],
+                 **{n: [opt.state[p][n] for p in ps] for n in opt.state_names})
+    args = [given.get(n, step.defaults.get(n)) for n in step.args]
+    return lambda: step.compiled(*args)
 
 def import_time() -> float:
     "Seconds to import `fastxtend_jit.all` in a new process that has fastai"
@@ -322,11 +315,12 @@ def time_engine(
         for f in [*fs.values()]*3: f()
         return {n: 1000*ms for n,ms in interleave(fs, seconds/6).items()}
     step = lambda ps: adam_jit(ps, lr=_lr).step
+    def bare(ps): opt = adam_jit(ps, lr=_lr); opt.step(); return bare_step(opt)
     small,ps = [*models['many_small'][0]().parameters()],_small(1000)
     _fill(small)
 
     for name,xs in (('many_small',small),('1,000 tensors',ps)):
-        t = us(whole=step(xs), bare=bare_step(xs))
+        t = us(whole=step(xs), bare=bare(xs))
         add(f'engine overhead a parameter, {name}, µs', (t['whole']-t['bare'])/len(xs), 1.5)
 
     ns = 10,100,1000,10_000
@@ -345,7 +339,7 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', np.median([import_time() for _ in range(3)]), 1.5)
     return pd.DataFrame(res)
 
-# %% ../nbs/30_bench.ipynb #59c18e81
+# %% ../nbs/30_bench.ipynb #0293ff72
 def _gmean(xs): return float(np.exp(np.mean(np.log(xs))))
 
 def markdown(
@@ -400,7 +394,8 @@ class Report:
         "Hardware, threads and versions in a sentence"
         m = self.machine
         versions = ', '.join(f'{k} {m[k]}' for k in ('torch','fastai','fastxtend_jit','torch-optimi') if k in m)
-        return f"{m['gpu'] if m['device'] != 'cpu' else m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['system']}, Python {m['python']}, {versions}"
+        return (f"{m['cpu'] if m['device'] == 'cpu' else m['gpu']}, {m['cores']} cores, {m['threads']} thread{'s'*(m['threads'] > 1)}, {'channels_last, '*m['channels_last']}"
+                f"{m['system']}, Python {m['python']}, {versions}")
 
     def table(self) -> pd.DataFrame:
         "A line for each cell: times, and ours against the others"
@@ -474,11 +469,11 @@ class Report:
         fig.supxlabel(self.where(), fontsize=7)
         return fig
 
-    def _repr_markdown_(self):
-        t,n,tr = self.table().vs_fastai,self.speeds().columns.size,self.training
-        whole = ''.join(f" A whole training step of `{r.model}` with Adam takes {r.fastai_ms:.2f} ms with fastai's and {r.ours_ms:.2f} ms with ours: {r.speed:.2f}x."
-                        for r in tr.itertuples() if r.model == 'tabular')
-        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as with fastai, {_gmean(t[t.index.isin(eight, level='optimizer')]):.1f} times in the geometric mean.{whole}\n\n"
+    def _repr_markdown_(self):  # how a notebook shows it
+        t = self.table().vs_fastai
+        whole = ''.join(f" A whole training step of `{r.model}` takes {r.fastai_ms:.2f} ms with fastai's Adam and {r.ours_ms:.2f} ms with ours: {r.speed:.2f}x."
+                        for r in self.training.itertuples() if r.model == 'tabular')
+        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's, {_gmean(t[t.index.isin(eight, level='optimizer')]):.1f} times in the geometric mean.{whole}\n\n"
                 f"{markdown(self.speeds())}\n\nMeasured on: {self.where()}.")
 
     def __str__(self):
