@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SHELL  := bash
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# what `time` prints after each part
+export TIMEFORMAT := -- took %R s
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test fuzz readme dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
@@ -24,8 +27,19 @@ $(VENV)/.dev: settings.ini setup.py pyproject.toml
 demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, and compare
 	$(BIN)/python -m tests.demo
 
-test: $(VENV)/.dev ## run notebooks, tests, the demo in a small setting, and check that all is in step
-	$(BIN)/python -m pytest tests -q
+test: $(VENV)/.dev ## run the notebooks and the tests: optimizers, the demo in a small setting, whether all is in step
+	time OMP_NUM_THREADS=1 nbdev-test --timing
+	time OMP_NUM_THREADS=1 python -m pytest tests -q -rs --durations=10
+
+fuzz: $(VENV)/.dev ## look for differences from fastai for longer: FASTXTEND_FUZZ=examples
+	FASTXTEND_FUZZ=$${FASTXTEND_FUZZ:-2000} python -m pytest tests/test_fuzz.py -q
+
+readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
+	python -m tests.readme
+
+dist: $(VENV)/.dev ## build the packages for PyPI into dist/
+	pip install --quiet build
+	python -m build --quiet
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info _docs _proc

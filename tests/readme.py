@@ -1,0 +1,21 @@
+"README.md from nbs/index.ipynb: `python -m tests.readme` writes it, `make test` compares"
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).parent.parent
+
+def readme():
+    "What README.md has to contain"
+    nb = nbformat.read(root/'nbs'/'index.ipynb', 4)
+    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\s*$', c.source, re.M)]
+    nb.metadata.language_info = dict(name='python')
+    for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
+    md,res = MarkdownExporter().from_notebook_node(nb)
+    if res['outputs']: raise ValueError("Pictures of the front page have to be files in nbs/images, so that README.md can show them too")
+    md = re.sub(r'(\]\(|(?:src|href)=")(?!\w+:|#)', r'\1nbs/', md)  # links lead from the folder of the notebook
+    return re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
+
+if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf8')
