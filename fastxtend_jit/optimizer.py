@@ -7,7 +7,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 # %% auto #0
 __all__ = ['JitOptimizer', 'JitLookahead']
 
-# %% ../nbs/03_optimizer.ipynb #5c9c04a4
+# %% ../nbs/03_optimizer.ipynb #6c924d97
 import warnings
 from collections import defaultdict
 from itertools import chain
@@ -20,7 +20,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .fragments import has_fused,lookahead
-from . import plan as _plan
 from .plan import Bucket,Slot,is_dense,is_plain,make_batches,walk
 from .script import JitStep,jit_step
 
@@ -49,7 +48,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device')):
         if getattr(p, a) != getattr(t, a):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a)}, but the parameter has {getattr(p, a)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #a15f720b
+# %% ../nbs/03_optimizer.ipynb #f4481d05
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -68,9 +67,9 @@ class _Plan:
             seen.add(id(p))
             dense = is_dense(p)
             fused = dense and has_fused(p.device.type, p.dtype)
-            cut = _plan.batch_size if dense and p.is_cpu and is_plain(p) else 0
+            flat = dense and p.is_cpu and is_plain(p)
             slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], dense and walk(g) != walk(p))
-            key = gi,st.get('do_wd', True),st.get('step', 0),fused,cut
+            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat
             buckets.setdefault((*key,p.dtype,p.device), Bucket(*key, [])).slots.append(slot)
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
@@ -112,10 +111,10 @@ class _Plan:
                 for s in b.slots: self.states[s.i]['step'] = b.step
         self.contents = opt._contents()
 
-# %% ../nbs/03_optimizer.ipynb #570bc674
+# %% ../nbs/03_optimizer.ipynb #5a2c2306
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
-    _given = ('do_wd','step','fused','cut')  # arguments of a step that the optimizer itself fills in
+    _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
@@ -134,7 +133,7 @@ class JitOptimizer(Optimizer):
         self._scalars = [n for n in step.args[2:] if n not in step.state]
         super().__init__(params, [], **{n:v for n,v in step.defaults.items() if n in step.hypers and n not in self._given} | defaults)
 
-    def _values(self, bucket): return dict(do_wd=bucket.do_wd, step=bucket.step+1, fused=bucket.fused, cut=bucket.cut)
+    def _values(self, bucket): return dict(do_wd=bucket.do_wd, step=bucket.step+1, fused=bucket.fused, flat=bucket.flat)
     def _contents(self):
         "All that state consists of, to be compared by identity"
         sts = self.state.values()
@@ -225,7 +224,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #d18a9302
+# %% ../nbs/03_optimizer.ipynb #6d60d43a
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -277,7 +276,7 @@ class JitLookahead(JitOptimizer):
         self.count += 1
 
     def _rest_lookahead(self):
-        rest = Bucket(0, False, 0, False, _plan.batch_size, [Slot(i, self._plan.params[i], []) for i in self._plan.rest])
+        rest = Bucket(0, False, 0, False, True, [Slot(i, self._plan.params[i], []) for i in self._plan.rest])
         make_batches(rest, False)
         for ps,ss in zip(rest.nest([s.param for s in rest.slots]), rest.nest([self._slow[s.i] for s in rest.slots])): lookahead(ps, ss, self.alpha)
 

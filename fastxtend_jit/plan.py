@@ -42,7 +42,7 @@ def flat(
     "`t` as it lies in memory, one-dimensional, sharing storage"
     return t.as_strided((t.numel(),), (1,))
 
-# %% ../nbs/02_plan.ipynb #3c995873
+# %% ../nbs/02_plan.ipynb #5fe1013d
 @dataclass(slots=True)
 class Slot:
     "One parameter that takes a step: where it is, its tensors, and whether its gradient lies like it"
@@ -58,7 +58,7 @@ class Bucket:
     do_wd:bool # Do they take weight decay?
     step:int # Steps they have taken
     fused:bool # Can the fused kernels take them?
-    cut:int # Elements that stay in cache, 0 to take all in one batch
+    flat:bool # Do they lie dense in a CPU's memory, so that they may be cut?
     slots:list # Parameters
     batches:list=None # First slot, last slot and length of pieces (0 for whole tensors) of each batch
     lists:list=None # Parameters, then each state, as the step takes them
@@ -77,16 +77,16 @@ class Bucket:
         "Gradients as lists of batches, laid out like the parameters"
         return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots])
 
-# %% ../nbs/02_plan.ipynb #c8224fda
-batch_size = 2**17  # elements in a batch on a CPU
+# %% ../nbs/02_plan.ipynb #a6e825eb
+batch_size = 2**20  # elements in a batch on a CPU
 
 def make_batches(
     bucket:Bucket, # Bucket, whose slots are put in order, and whose batches are set
-    elementwise:bool # May tensors be cut into pieces? A large one is a batch by itself otherwise
+    elementwise:bool # May tensors be cut into pieces?
 ):
-    "Small tensors together in batches of at most `bucket.cut` elements, then the large ones"
-    cut = bucket.cut
-    if not cut: bucket.batches = [(0, len(bucket.slots), 0)]; return
+    "Small tensors together, then the large ones, in pieces or each by itself"
+    if not bucket.flat: bucket.batches = [(0, len(bucket.slots), 0)]; return
+    cut = batch_size if elementwise else batch_size//8
     bucket.slots.sort(key=lambda s: s.param.numel() > cut)
     bucket.batches,n = [],cut
     for i,s in enumerate(bucket.slots):

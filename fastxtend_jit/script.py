@@ -49,7 +49,7 @@ def _signature(fn):
     return inspect.Signature([inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=types.get(str(a.type), str(a.type)),
         default=inspect.Parameter.empty if a.default_value is None else a.default_value) for a in fn.schema.arguments])
 
-# %% ../nbs/00_script.ipynb #0dc48994
+# %% ../nbs/00_script.ipynb #a27755cb
 class JitStep:
     "A step function compiled by TorchScript, with its signature, documentation and name, which pickles and deep-copies"
     def __init__(self,
@@ -69,7 +69,7 @@ class JitStep:
         self.args,self.state,self.optional,self.hypers,self.consts,self.defaults = [p.name for p in ps],[],[],[],[],{}
         for p in ps[2:]:
             if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD): bad(f"argument `{p.name}` has to be positional; TorchScript has no `*` arguments.")
-            want = dict(step=int, do_wd=bool, fused=bool, cut=int).get(p.name)
+            want = dict(step=int, do_wd=bool, fused=bool, flat=bool).get(p.name)
             if want and p.annotation is not want: bad(f"argument `{p.name}` is the engine's own and has to be annotated `{want.__name__}`, not `{p.annotation}`.")
             elif want: pass
             elif p.annotation == List[Tensor]:           self.state.append(p.name)
