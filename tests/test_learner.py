@@ -143,6 +143,18 @@ def test_vision_learner(tmp_path):
     quiet(learn.to_jit()).fine_tune(1)
     assert isinstance(learn.opt, JitOptimizer) and learn.opt.frozen_idx == 0 and len(learn.opt.param_lists) == 3
 
+# --- what a new user gets wrong
+
+@eight
+def test_mistakes(case, tmp_path):
+    name = case.jit.__name__
+    with pytest.raises(TypeError, match=fr"{name}\(\) got an unexpected keyword argument 'momm'"): vision(partial(case.jit, momm=0.9), tmp_path).fit(1)
+    with pytest.raises(AssertionError, match='Trying to set 2 values for lr but there are 3 parameter groups'): vision(case.jit, tmp_path).fit(1, (1e-3,1e-2))
+    learn = vision(case.jit, tmp_path)
+    learn.create_opt()
+    learn.opt.set_hyper('mom', 'high')
+    with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
+
 # --- compare_opt
 
 def snapshot(learn):
@@ -197,8 +209,7 @@ def test_compare_other_learners(make, tmp_path):
 def test_compare_tells_a_difference(tmp_path, monkeypatch):
     learn = vision(Adam, tmp_path)
     right = adam_jit_step.compiled
-    monkeypatch.setitem(vars(adam_jit_step), 'compiled', lambda *a: right(*a[:5], a[5]*1.5, *a[6:]))
-    assert adam_jit_step.args[5] == 'lr'
+    monkeypatch.setitem(vars(adam_jit_step), 'compiled', lambda **kw: right(**{**kw, 'lr': kw['lr']*1.5}))
     assert (compared(learn)['relative to largest'].dropna() > 1e-4).all()
 
 def test_compare_with_callbacks(tmp_path):
