@@ -140,7 +140,7 @@ def interleave(
         n += 1
     return {k: 1000*np.median(np.reshape(t, (-1,period)), 0).mean() for k,t in times.items()}
 
-# %% ../nbs/30_bench.ipynb #7226eeb2
+# %% ../nbs/30_bench.ipynb #f671f097
 def bytes_moved(
     opt # One of our optimizers, after its first step
 ) -> float:
@@ -157,9 +157,10 @@ def flat_adamw(
     "A step of `torch._fused_adamw_` over one flat tensor, which moves 28 bytes an element"
     p,g,m,v = [torch.full((n,), 1e-3, device=device) for _ in range(4)]
     step = torch.ones([], device=device)
-    return lambda: torch._fused_adamw_([p], [g], [m], [v], [], [step], lr=_lr, beta1=0.9, beta2=0.99, weight_decay=_wd, eps=1e-5, amsgrad=False, maximize=False)
+    return lambda: torch._fused_adamw_([p], [g], [m], [v], [], [step], lr=_lr, beta1=0.9, beta2=0.99, weight_decay=_wd, eps=1e-5,
+                                       amsgrad=False, maximize=False)
 
-# %% ../nbs/30_bench.ipynb #a242ba8d
+# %% ../nbs/30_bench.ipynb #f3ef863a
 def peak_memory(
     f:Callable, # What to run
     device='cpu' # Device whose memory counts
@@ -178,7 +179,8 @@ class _Calls(TorchDispatchMode):
     def __init__(self, dry=False): super().__init__(); self.n,self.dry = 0,dry
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        if not name.startswith('prim::'): self.n += not func.is_view  # a view, as of `p.data`, computes nothing, nor does a question for a fake tensor's device
+        # a view, as of `p.data`, computes nothing, nor does a question for a fake tensor's device
+        self.n += not (func.is_view or name.startswith('prim::'))
         if self.dry and name == 'aten::_local_scalar_dense': return 1.  # `item()`, `bool()`: go on with any number
         if self.dry and not func._schema.returns: return  # works in place on lists, and not all that do have a fake version
         return func(*args, **(kwargs or {}))
@@ -339,7 +341,7 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', np.median([import_time() for _ in range(3)]), 1.5)
     return pd.DataFrame(res)
 
-# %% ../nbs/30_bench.ipynb #0293ff72
+# %% ../nbs/30_bench.ipynb #5984ac4c
 def _gmean(xs): return float(np.exp(np.mean(np.log(xs))))
 
 def markdown(
@@ -354,8 +356,9 @@ def machine() -> dict:
     "What figures hold for: hardware, threads and versions"
     info = Path('/proc/cpuinfo')
     names = [l.split(':')[1].strip() for l in (info.read_text().splitlines() if info.exists() else []) if l.startswith('model name')]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ['torch','fastai','fastcore','torchvision'] + ['torch-optimi']*bool(importlib.util.find_spec('optimi'))
-    return dict(cpu=names[0] if names else platform.processor() or platform.machine(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    return dict(cpu=names[0] if names else platform.processor() or platform.machine(), gpu=gpu,
                 cores=os.cpu_count(), threads=torch.get_num_threads(), system=f'{platform.system()} {platform.machine()}',
                 python=platform.python_version(), fastxtend_jit=__version__, **{p: version(p) for p in packages})
 
@@ -394,8 +397,8 @@ class Report:
         "Hardware, threads and versions in a sentence"
         m = self.machine
         versions = ', '.join(f'{k} {m[k]}' for k in ('torch','fastai','fastxtend_jit','torch-optimi') if k in m)
-        return (f"{m['cpu'] if m['device'] == 'cpu' else m['gpu']}, {m['cores']} cores, {m['threads']} thread{'s'*(m['threads'] > 1)}, {'channels_last, '*m['channels_last']}"
-                f"{m['system']}, Python {m['python']}, {versions}")
+        return (f"{m['cpu'] if m['device'] == 'cpu' else m['gpu']}, {m['cores']} cores, {m['threads']} thread{'s'*(m['threads'] > 1)}, "
+                f"{'channels_last, '*m['channels_last']}{m['system']}, Python {m['python']}, {versions}")
 
     def table(self) -> pd.DataFrame:
         "A line for each cell: times, and ours against the others"
@@ -407,7 +410,8 @@ class Report:
                 best_peer=peers.idxmin() if len(peers) else '', vs_peer=peers.min()/ours.step_ms, vs_torch=torchs.min()/ours.step_ms,
                 of_limit=ours.limit_ms/ours.step_ms, zero_grad_ms=ours.zero_grad_ms, zero_grad_vs_fastai=fastai.zero_grad_ms/ours.zero_grad_ms,
                 extra_mb=ours.extra_mb, fastai_extra_mb=fastai.extra_mb, calls=ours.aten_calls, fastai_calls=fastai.aten_calls)
-        return pd.DataFrame([dict(model=m, optimizer=o, **cell(d)) for (m,o),d in self.cells.groupby(['model','optimizer'], sort=False)]).set_index(['model','optimizer'])
+        key = ['model','optimizer']
+        return pd.DataFrame([{**dict(zip(key, k)), **cell(d)} for k,d in self.cells.groupby(key, sort=False)]).set_index(key)
 
     def speeds(self) -> pd.DataFrame:
         "How many times as fast as fastai: optimizers by models, and the geometric mean of each model"
@@ -424,7 +428,8 @@ class Report:
             if not len(xs): return
             x = f(xs) if at_least else max(xs)
             where = ' '.join(np.atleast_1d(xs.idxmin())) if f is min and at_least and len(xs) > 1 else ''
-            res.append(dict(target=target, bound=f"{'≥' if at_least else '≤'} {bound:g}", measured=round(x, 2), where=where, holds=x >= bound if at_least else x <= bound))
+            res.append(dict(target=target, bound=f"{'≥' if at_least else '≤'} {bound:g}", measured=round(x, 2), where=where,
+                            holds=x >= bound if at_least else x <= bound))
         if len(self.cells):
             t = self.table().reset_index('model')
             of = lambda names, model=None: t.loc[t.index.isin(names) & (t.model.isin(model) if model else True)].set_index('model', append=True)
@@ -465,20 +470,23 @@ class Report:
             ax.spines[['top','right','left']].set_visible(False)
             ax.tick_params(axis='y', length=0)
         axs[0].invert_yaxis()
-        fig.suptitle("How many times as fast as fastai's is an optimizer step?\nBar: fastxtend_jit.  ◆ The best of torch.optim, where it has the same maths", fontsize=11)
+        fig.suptitle("How many times as fast as fastai's is an optimizer step?\n"
+                     "Bar: fastxtend_jit.  ◆ The best of torch.optim, where it has the same maths", fontsize=11)
         fig.supxlabel(self.where(), fontsize=7)
         return fig
 
     def _repr_markdown_(self):  # how a notebook shows it
         t = self.table().vs_fastai
-        whole = ''.join(f" A whole training step of `{r.model}` takes {r.fastai_ms:.2f} ms with fastai's Adam and {r.ours_ms:.2f} ms with ours: {r.speed:.2f}x."
-                        for r in self.training.itertuples() if r.model == 'tabular')
-        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's, {_gmean(t[t.index.isin(eight, level='optimizer')]):.1f} times in the geometric mean.{whole}\n\n"
+        mean = _gmean(t[t.index.isin(eight, level='optimizer')])
+        whole = ''.join(f" A whole training step of `{r.model}` takes {r.fastai_ms:.2f} ms with fastai's Adam and {r.ours_ms:.2f} ms with ours: "
+                        f"{r.speed:.2f}x." for r in self.training.itertuples() if r.model == 'tabular')
+        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's, {mean:.1f} times in the geometric mean.{whole}\n\n"
                 f"{markdown(self.speeds())}\n\nMeasured on: {self.where()}.")
 
     def __str__(self):
         res = []
-        with pd.option_context('display.width', 250, 'display.max_columns', 30, 'display.max_rows', 200, 'display.max_colwidth', 80, 'display.float_format', lambda x: f'{x:.3g}' if abs(x) >= 5e-4 else '0'):
+        with pd.option_context('display.width', 250, 'display.max_columns', 30, 'display.max_rows', 200, 'display.max_colwidth', 80,
+                               'display.float_format', lambda x: f'{x:.3g}' if abs(x) >= 5e-4 else '0'):
             if len(self.cells): res += ['A step: milliseconds, and how many times as fast as the others', self.table().to_string()]
             if len(self.training): res += ['A whole training step in a Learner, milliseconds', self.training.to_string(index=False)]
             if len(self.engine): res += ['The engine', self.engine.to_string(index=False, na_rep='')]
@@ -486,7 +494,7 @@ class Report:
             res += ['Targets', self.targets().to_string(index=False)]
         return '\n\n'.join([*res, self.where()])
 
-# %% ../nbs/30_bench.ipynb #dabdb080
+# %% ../nbs/30_bench.ipynb #40ad30c7
 def _pick(what, names, known):
     names = [*known] if names == 'all' else names.replace(',', ' ').split()
     if wrong := [n for n in names if n not in known]: raise SystemExit(f"There is no {what} {', '.join(wrong)}; there are {', '.join(known)}.")
@@ -507,7 +515,8 @@ def main(
     known,chosen = globals()['models'],_pick('optimizer', optimizers, rows)
     names,parts = _pick('model', models, known),_pick('part', parts, _parts)
     if device.startswith('cuda') and not torch.cuda.is_available():
-        raise SystemExit("There is no GPU that PyTorch can use here, so nothing was measured on CUDA. Run it with `--device cpu`, or on a machine with a GPU.")
+        raise SystemExit("There is no GPU that PyTorch can use here, so nothing was measured on CUDA. "
+                         "Run it with `--device cpu`, or on a machine with a GPU.")
     if threads: torch.set_num_threads(threads)
     if device.startswith('cuda'): torch.cuda.set_device(device)
     report = Report(*[pd.DataFrame() for _ in _parts], {**machine(), 'device':device, 'seconds':seconds, 'channels_last':channels_last})

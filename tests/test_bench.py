@@ -55,7 +55,8 @@ def test_interleave(monkeypatch):
         it = cycle(secs)
         def f(): calls.append(name); return next(it)
         return f
-    ms = interleave(dict(even=fn('even', .002), spiky=fn('spiky', *[.003]*9, 1.), period=fn('period', .001,.001,.004)), 0, period=3, least=10, after=lambda: after.append(0))
+    ms = interleave(dict(even=fn('even', .002), spiky=fn('spiky', *[.003]*9, 1.), period=fn('period', .001,.001,.004)), 0,
+                    period=3, least=10, after=lambda: after.append(0))
     assert ms == pytest.approx(dict(even=2, spiky=3, period=2))
     assert len(after) == len(calls) == 3*30 and all({*calls[i:i+3]} == {'even','spiky','period'} for i in range(0,90,3))
 
@@ -131,13 +132,15 @@ def test_memory_and_calls():
     assert peak_memory(lambda: x.add_(1)) < 100
 
 def test_targets():
-    r = report(cell('many_small','adam', fastai=10, ours=1, torch_fused=1.4, torch_foreach=3, optimi=0.5) + cell('xresnet50','adam', 0.8, fastai=10, ours=1, torch_fused=2)
+    r = report(cell('many_small','adam', fastai=10, ours=1, torch_fused=1.4, torch_foreach=3, optimi=0.5)
+               + cell('xresnet50','adam', 0.8, fastai=10, ours=1, torch_fused=2)
                + cell('xresnet50','larc', 0.8, fastai=1.2, ours=1), [dict(model='tabular', fastai_ms=3., ours_ms=2., speed=1.5)],
                [dict(check='overhead', value=2., at_most=1.5), dict(check='no target', value=9., at_most=None), dict(check='groups', value=2., at_most=3.)])
     t = r.targets().set_index('target')
     want = {'speed against fastai, geometric mean of 3 cells': ((10*10*1.2)**(1/3), False), 'speed against fastai, slowest of 3 cells': (1.2, False),
             'speed against the best torch.optim, slowest cell': (1.4, True), 'speed against the best torch.optim, Adam on many_small': (1.4, False),
-            'fraction of the single-pass limit, adam, radam, rmsprop, ranger, sgd_l2': (0.8, False), 'fraction of the single-pass limit, larc, lamb': (0.8, True),
+            'fraction of the single-pass limit, adam, radam, rmsprop, ranger, sgd_l2': (0.8, False),
+            'fraction of the single-pass limit, larc, lamb': (0.8, True),
             'zero_grad against fastai on many_small, slowest cell': (2., True), 'training step against fastai, Adam on tabular': (1.5, False),
             'overhead': (2., False), 'groups': (2., True)}
     assert {k:(v.measured, v.holds) for k,v in t.iterrows()} == {k:(round(x, 2), h) for k,(x,h) in want.items()}
