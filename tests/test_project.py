@@ -1,5 +1,5 @@
 "Is all in step: notebooks, modules, README.md, links, the package?"
-import os,re,shutil,subprocess,sys,zipfile
+import os,re,runpy,shutil,subprocess,sys,zipfile
 from configparser import ConfigParser
 from functools import cache
 from html.parser import HTMLParser
@@ -17,6 +17,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export,nbglob
 
 import fastxtend_jit
+from fastxtend_jit.all import sgd_jit_step
 from tests.readme import readme,root
 
 NBS   = sorted(nbglob(root/'nbs', as_path=True))
@@ -123,8 +124,10 @@ def test_wheel(copy):
     assert res.stdout.strip() == str(copy/'site'/'fastxtend_jit'/'all.py')
     assert not res.stderr
 
-def test_main():
+def test_main(capsys, monkeypatch):
     "`python -m fastxtend_jit` says what a bug report needs, and what runs when TorchScript is switched off"
-    out = run('-m', 'fastxtend_jit').stdout
+    def main(): runpy.run_module('fastxtend_jit', run_name='__main__'); return capsys.readouterr().out
+    out = main()
     for s in (f'fastxtend_jit {fastxtend_jit.__version__}', f'torch {torch.__version__}', 'fastai 2.', 'fastcore 2.', 'run compiled', 'cpu ('): assert s in out
-    assert 'run as plain Python' in run('-m', 'fastxtend_jit', PYTORCH_JIT='0').stdout
+    monkeypatch.setitem(vars(sgd_jit_step), 'compiled', sgd_jit_step.fn)
+    assert 'run as plain Python' in main()
