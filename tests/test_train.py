@@ -22,11 +22,11 @@ def blobs(seed=0):
     return DataLoaders.from_dsets(data[:96], data[96:], bs=16, device='cpu')
 
 class Net(nn.Module):
-    "Body and head, with batchnorms, which take no decay, and a layer that a short cut leaves without gradient"
+    "Body and head, with batchnorms (no bias before them: its gradient is nothing but rounding), and a layer that never has a gradient"
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6,16), nn.BatchNorm1d(16), nn.Tanh())
-        self.head = nn.Sequential(nn.Linear(16,8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8,3))
+        self.body = nn.Sequential(nn.Linear(6,16,bias=False), nn.BatchNorm1d(16), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(16,8,bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8,3))
         self.unused = nn.Linear(2,2)
     def forward(self, x): return self.head(self.body(x))
 
