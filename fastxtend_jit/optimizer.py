@@ -48,17 +48,17 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device')):
         if getattr(p, a) != getattr(t, a):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a)}, but the parameter has {getattr(p, a)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #f4481d05
+# %% ../nbs/03_optimizer.ipynb #b29aff53
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
     "Buckets of the parameters that have a gradient, and what they were made from"
     def __init__(self, opt, params, grads):
         self.params,self.plain = params,[p for p in params if is_plain(p)]
-        self.states,self.new,self.rest,self.contents = [opt.state[p] for p in params],[],[],None
+        self.new,self.rest,self.contents = [],[],None
         buckets,seen = {},set()
         where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
-        for i,(p,g,st) in enumerate(zip(params, grads, self.states)):
+        for i,(p,g,st) in enumerate(zip(params, grads, map(opt.state.__getitem__, params))):
             if g is None or p.numel() == 0: self.rest.append(i); continue
             gi,j = where[i]
             name = f'parameter {j} of group {gi} (shape {tuple(p.shape)})'
@@ -77,10 +77,10 @@ class _Plan:
             b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in ([s.param for s in b.slots], *map(list, zip(*[s.state for s in b.slots])))]
 
     def _layout(self, grads):
-        "Where parameters lie, and how they and their gradients do"
+        "Where parameters lie, and how they and their gradients do; a parameter has its gradient's dtype"
         gs = [g for g in grads if g is not None]
-        return ([p.data_ptr() for p in self.plain], [p.stride() for p in self.params], [p.dtype for p in self.params],
-                [g is None for g in grads], [g.stride() for g in gs], [g.shape for g in gs], [g.dtype for g in gs])
+        return ([p.data_ptr() for p in self.plain], [p.stride() for p in self.params], [g is None for g in grads],
+                [g.stride() for g in gs], [g.numel() for g in gs], [g.dtype for g in gs])
 
     def _tensor(self, opt, i, st, name, where, dense):
         "State `name` of the parameter at `i`: the one there is, laid out like the parameter, or zeros"
@@ -105,13 +105,21 @@ class _Plan:
 
     def count(self, opt):
         "One more step was taken"
-        if 'step' in opt.opt_step.args:
+        first,counts = self.contents is None,'step' in opt.opt_step.args
+        if counts:
             for b in self.buckets:
-                b.step += 1
-                for s in b.slots: self.states[s.i]['step'] = b.step
+                b.step = n = b.step+1
+                if first: b.counts = [(opt.state[s.param],'step') for s in b.slots]
+                for o,k in b.counts: o[k] = n
+        if not first: return
         self.contents = opt._contents()
+        if not counts: return
+        # the numbers of steps stand in `contents` too, where they are written from now on: to make it anew at each step would take longer
+        at,k = {},len(self.contents)-sum(map(len, opt.state.values()))
+        for p,st in opt.state.items(): at[p],k = k+[*st,'step'].index('step'),k+len(st)
+        for b in self.buckets: b.counts += [(self.contents,at[s.param]) for s in b.slots]
 
-# %% ../nbs/03_optimizer.ipynb #5a2c2306
+# %% ../nbs/03_optimizer.ipynb #f3fe236c
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
@@ -125,7 +133,7 @@ class JitOptimizer(Optimizer):
         if not len(params): raise ValueError("The optimizer got no parameters: pass `model.parameters()`, or a list of lists of parameters.")
         step.compiled  # now: a mistake in a step should show where the optimizer is made
         self.opt_step,self.decouple_wd,self._plan = step,decouple_wd,None
-        self.state_names = [n for n in step.state if n not in step.optional or defaults.pop(n, True)]
+        self.state_names = tuple(n for n in step.state if n not in step.optional or defaults.pop(n, True))
         for n in step.consts:
             if n in (*self._given,'decouple_wd'): continue
             if n not in defaults and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
@@ -137,7 +145,7 @@ class JitOptimizer(Optimizer):
     def _contents(self):
         "All that state consists of, to be compared by identity"
         sts = self.state.values()
-        return [self.state, *self.state, *sts, *map(len, sts), *chain.from_iterable(sts), *chain.from_iterable(map(dict.values, sts))]
+        return [self.state, *self.state, *sts, *chain.from_iterable(sts), *chain.from_iterable(map(dict.values, sts))]
     def _get_state(self, i, st, name): return st.get(name)
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
@@ -224,7 +232,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #6d60d43a
+# %% ../nbs/03_optimizer.ipynb #83c56eba
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -244,7 +252,7 @@ class JitLookahead(JitOptimizer):
         self._init_state()
 
     def _init_state(self): self.count,self.slow_weights = 0,None
-    def _contents(self): return [*super()._contents(), *self._slow]
+    def _contents(self): return [*self._slow, *super()._contents()]
     def _values(self, bucket): return {**super()._values(bucket), 'alpha': self.alpha, 'lookahead': self._is_kth()}
     def _is_kth(self): return (self.count+1) % self.k == 0
     def _get_state(self, i, st, name): return self._slow[i] if name == 'slow_weights' else st.get(name)

@@ -42,7 +42,7 @@ def flat(
     "`t` as it lies in memory, one-dimensional, sharing storage"
     return t.as_strided((t.numel(),), (1,))
 
-# %% ../nbs/02_plan.ipynb #5fe1013d
+# %% ../nbs/02_plan.ipynb #cd5eac19
 @dataclass(slots=True)
 class Slot:
     "One parameter that takes a step: where it is, its tensors, and whether its gradient lies like it"
@@ -60,6 +60,7 @@ class Bucket:
     fused:bool # Can the fused kernels take them?
     flat:bool # Do they lie dense in a CPU's memory, so that they may be cut?
     slots:list # Parameters
+    counts:list=None # Where to write the number of the step: pairs of a container and a key
     batches:list=None # First slot, last slot and length of pieces (0 for whole tensors) of each batch
     lists:list=None # Parameters, then each state, as the step takes them
 
@@ -77,7 +78,7 @@ class Bucket:
         "Gradients as lists of batches, laid out like the parameters"
         return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots])
 
-# %% ../nbs/02_plan.ipynb #a6e825eb
+# %% ../nbs/02_plan.ipynb #5a0153e5
 batch_size = 2**20  # elements in a batch on a CPU
 
 def make_batches(
@@ -88,9 +89,9 @@ def make_batches(
     if not bucket.flat: bucket.batches = [(0, len(bucket.slots), 0)]; return
     cut = batch_size if elementwise else batch_size//8
     bucket.slots.sort(key=lambda s: s.param.numel() > cut)
-    bucket.batches,n = [],cut
+    bucket.batches,n = [],0
     for i,s in enumerate(bucket.slots):
         m = s.param.numel()
         piece = -(-m // -(-m//cut) // 16)*16 if elementwise and m > cut else 0  # of about one length, at whole cache lines
-        if n+m > cut: bucket.batches.append((i, i, 0)); n = 0
+        if not bucket.batches or n+m > cut: bucket.batches.append((i, i, 0)); n = 0
         bucket.batches[-1] = (bucket.batches[-1][0], i+1, piece); n += m

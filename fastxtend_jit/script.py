@@ -49,7 +49,7 @@ def _signature(fn):
     return inspect.Signature([inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=types.get(str(a.type), str(a.type)),
         default=inspect.Parameter.empty if a.default_value is None else a.default_value) for a in fn.schema.arguments])
 
-# %% ../nbs/00_script.ipynb #a27755cb
+# %% ../nbs/00_script.ipynb #1ba41d18
 class JitStep:
     "A step function compiled by TorchScript, with its signature, documentation and name, which pickles and deep-copies"
     def __init__(self,
@@ -79,6 +79,7 @@ class JitStep:
             else: bad(f"argument `{p.name}` has to be annotated `List[Tensor]` or `Optional[List[Tensor]]` (state), `float` (hyper), "
                       f"or `bool` or `int` (constant), but is {'not annotated' if p.annotation is p.empty else f'annotated `{p.annotation}`'}.")
             if p.default is not p.empty: self.defaults[p.name] = p.default
+        self._scalars = tuple((p.name, p.annotation.__name__) for p in ps[2:] if p.name not in self.state)
 
     @cached_property
     def compiled(self):
@@ -104,7 +105,7 @@ def jit_step(
     if fn is None: return lambda f: jit_step(f, elementwise)
     return fn if isinstance(fn, JitStep) else JitStep(fn, elementwise)
 
-# %% ../nbs/00_script.ipynb #04c231da
+# %% ../nbs/00_script.ipynb #5ad9b5e5
 @cache
 def _over(fn, lists, absent, scalars):
     "`fn` over batches, see `JitStep.over`; `scalars` are pairs of name and type"
@@ -125,11 +126,10 @@ def over({', '.join(takes)}):
 
 @patch
 def over(self:JitStep,
-    states:list # States that there are; an optional one that is not among them is `None` for every batch
+    states:tuple # States that there are; an optional one that is not among them is `None` for every batch
 ) -> Callable:
     "The step over many batches: it takes params, grads and `states`, each as a list of lists of tensors, then the scalars, in order"
-    scalars = [(n, self.__signature__.parameters[n].annotation.__name__) for n in self.args[2:] if n not in self.state]
-    return _over(self.compiled, (*self.args[:2],*states), tuple(n for n in self.state if n not in states), tuple(scalars))
+    return _over(self.compiled, (*self.args[:2],*states), tuple(n for n in self.state if n not in states), self._scalars)
 
 @patch
 def hold(self:JitStep,
