@@ -131,8 +131,11 @@ def early_stopping(learn):
 
 @scenario
 def save_model(learn):
-    learn.fit(3, 0.02, cbs=SaveModelCallback(with_opt=True))
+    learn.fit(3, 0.02, cbs=[SaveModelCallback(with_opt=True), ReduceLROnPlateau(min_delta=10., patience=1)])
+    loaded = [dict(h) for h in learn.opt.hypers]
+    assert loaded[0]['lr'] > 1e-4  # not those of the end
     learn.fit(1, 0.02)
+    return loaded
 
 @scenario
 def gradient_accumulation(learn): learn.fit(2, 0.02, cbs=GradientAccumulation(20))
@@ -240,7 +243,12 @@ def frozen_with_old_gradients(learn):
     assert frozen and all(p.grad is not None and not p.grad.any() and not torch.equal(p, old) for p,old in frozen)
 
 @scenario
-def gradients_set_to_none(learn): learn.fit(2, 0.02, cbs=before_batch(lambda learn: learn.model.zero_grad(set_to_none=learn.iter%3 != 0)))
+def gradients_set_to_none(learn):
+    "Frozen then, parameters have none, and only Lookahead moves them"
+    def drop(learn):
+        set_freeze_model(learn.model[0], learn.train_iter%2 == 0)
+        learn.model.zero_grad(set_to_none=learn.iter%3 != 0)
+    learn.fit(3, 0.02, cbs=before_batch(drop))
 
 @scenario
 def data_replaced(learn):
@@ -255,6 +263,16 @@ def state_cleared(learn):
     learn.fit(2, 0.02, cbs=before_batch(lambda learn: learn.opt.clear_state() if learn.train_iter in (3,5) else None))
 
 # --- Copies
+
+@scenario
+def resume(learn):
+    "On a GPU the loaded state is there before the model, which comes with `fit`"
+    learn.fit_one_cycle(2, 0.02)
+    learn.save('checkpoint')
+    fresh = vision(learn.opt_func, learn.path, learn.dls.device)
+    fresh.dls = learn.dls
+    fresh.load('checkpoint').fit(1, 0.02)
+    return fresh
 
 @scenario(make=tabular)
 def export(learn):
@@ -283,7 +301,7 @@ def deep_copy(learn):
 def train(case, jit, name, dev, path):
     "The Learner after its scenario, and what that returned"
     f,make = SCENARIOS[name]
-    set_seed(1)
+    set_seed(1, reproducible=True)
     learn = make(partial(case.jit if jit else case.native, **case.kw), path, dev)
     return learn,f(learn)
 
@@ -298,8 +316,10 @@ def same(ours, native, tol=1e-9):
     assert a.lrs == b.lrs and getattr(a, 'hps', None) == getattr(b, 'hps', None)
     for n in ('losses','values'): close(tensor(getattr(a, n)), tensor(getattr(b, n)), 1e-6, n)
 
-@eight
-@pytest.mark.parametrize('name', SCENARIOS)
+# One-cycle schedules `mom`, also for optimizers that have none
+no_mom = [('fit_one_cycle',c) for c in CASES if c.kw.get('mom') == 0.]
+
+@pytest.mark.parametrize('name,case', [(n,c) for n in SCENARIOS for c in EIGHT] + no_mom, ids=str)
 def test_contract(case, name, dev, tmp_path):
     (native,more),(ours,our_more) = [train(case, jit, name, dev, tmp_path) for jit in (False,True)]
     same(ours, native)
