@@ -7,18 +7,18 @@ Docs: https://fastxtend.github.io/fastxtend_jit/adam.html.md"""
 # %% auto #0
 __all__ = ['adam_jit_step', 'adam_jit']
 
-# %% ../nbs/12_adam.ipynb #ebfcab13
+# %% ../nbs/12_adam.ipynb #327c4507
 from typing import List
 
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,debias,fused_adam,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/12_adam.ipynb #9083ade7
-@jit_step(elementwise=True)
+# %% ../nbs/12_adam.ipynb #84fccf39
+@jit_step(elementwise=True, check=can_debias)
 def adam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

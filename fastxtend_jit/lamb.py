@@ -7,18 +7,18 @@ Docs: https://fastxtend.github.io/fastxtend_jit/lamb.html.md"""
 # %% auto #0
 __all__ = ['lamb_jit_step', 'lamb_jit']
 
-# %% ../nbs/16_lamb.ipynb #ac30ff76
+# %% ../nbs/16_lamb.ipynb #32a5ba80
 from typing import List
 
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,debias,fused_adam,norms,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debias,fused_adam,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/16_lamb.ipynb #e1e241bb
-@jit_step
+# %% ../nbs/16_lamb.ipynb #54872f2f
+@jit_step(check=can_debias)
 def lamb_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
     grads:List[Tensor], # Gradients

@@ -7,7 +7,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 # %% auto #0
 __all__ = ['JitOptimizer', 'JitLookahead']
 
-# %% ../nbs/03_optimizer.ipynb #6c924d97
+# %% ../nbs/03_optimizer.ipynb #d134549d
 import warnings
 from collections import defaultdict
 from itertools import chain
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .fragments import has_fused,lookahead
-from .plan import Bucket,Slot,is_dense,is_plain,make_batches,walk
+from .plan import Bucket,Slot,is_dense,is_plain,local,make_batches,walk
 from .script import JitStep,jit_step
 
 # %% ../nbs/03_optimizer.ipynb #5d51926d
@@ -28,33 +28,34 @@ with warnings.catch_warnings():  # fastai scripts a layer of its own while it is
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #27c99f04
+# %% ../nbs/03_optimizer.ipynb #f728f1c5
 def _check_grad(p, g, where):
     "Raise if a step cannot use gradient `g` of parameter `p`"
     if g.layout != torch.strided:
         raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which fastai's optimizers do not support: make it dense, for an embedding by `sparse=False`.")
     if p.is_complex() or g.is_complex():
         raise TypeError(f"{where} or its gradient is complex, which fastai's optimizers do not support: optimize `torch.view_as_real` of it.")
-    for a in ('shape','dtype','device'):
-        if getattr(p, a) != getattr(g, a):
-            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a)}, but the parameter has {getattr(p, a)}: compute it again after changing the parameter.")
+    for a in ('shape','dtype','device','device_mesh'):
+        if getattr(p, a, None) != getattr(g, a, None):
+            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}: compute it again after changing the parameter.")
     if is_plain(p) and torch._debug_has_internal_overlap(p) == 1:
         raise ValueError(f"Elements of {where} share memory (strides {p.stride()}): pass the tensor it was expanded from.")
 
-def _check_state(p, t, name, where, attrs=('shape','dtype','device')):
+def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placements','device')):
     "Raise if tensor `t` cannot be state `name` of parameter `p`"
     if not isinstance(t, Tensor): raise TypeError(f"State `{name}` of {where} is a {type(t).__name__}, not a tensor: call `clear_state()` or load a fitting state.")
+    if 'device' not in attrs and t.is_meta and not p.is_meta: raise ValueError(f"State `{name}` of {where} is on the device `meta` and has no values: load a fitting state, or call `clear_state()`.")
     for a in attrs:
-        if getattr(p, a) != getattr(t, a):
-            raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a)}, but the parameter has {getattr(p, a)}: convert it, load a fitting state, or call `clear_state()`.")
+        if getattr(p, a, None) != getattr(t, a, None):
+            raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #b29aff53
+# %% ../nbs/03_optimizer.ipynb #213cf632
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
     "Buckets of the parameters that have a gradient, and what they were made from"
     def __init__(self, opt, params, grads):
-        self.params,self.plain = params,[p for p in params if is_plain(p)]
+        self.params,self.plain,self.sharded = params,[p for p in params if is_plain(p)],[p for p in params if local(p) is not p]
         self.new,self.rest,self.contents = [],[],None
         buckets,seen = {},set()
         where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
@@ -65,12 +66,14 @@ class _Plan:
             _check_grad(p, g, name)
             if id(p) in seen: raise ValueError(f"{name} stands in the parameter groups twice: it would take two steps at once. Give it to one group only.")
             seen.add(id(p))
-            dense = is_dense(p)
-            fused = dense and has_fused(p.device.type, p.dtype)
-            flat = dense and p.is_cpu and is_plain(p)
-            slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], dense and walk(g) != walk(p))
-            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat
-            buckets.setdefault((*key,p.dtype,p.device), Bucket(*key, [])).slots.append(slot)
+            mesh,dense = getattr(p, 'device_mesh', None),is_dense(local(p))
+            shards = mesh is not None and opt.opt_step.elementwise
+            fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
+            flat = dense and p.is_cpu and is_plain(local(p) if shards else p)
+            relay = dense and walk(local(g)) != walk(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
+            slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)
+            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,shards
+            buckets.setdefault((*key,p.dtype,p.device,mesh), Bucket(*key, [])).slots.append(slot)
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
             make_batches(b, opt.opt_step.elementwise)
@@ -80,7 +83,8 @@ class _Plan:
         "Where parameters lie, and how they and their gradients do; a parameter has its gradient's dtype"
         gs = [g for g in grads if g is not None]
         return ([p.data_ptr() for p in self.plain], [p.stride() for p in self.params], [g is None for g in grads],
-                [g.stride() for g in gs], [g.numel() for g in gs], [g.dtype for g in gs])
+                [g.stride() for g in gs], [g.numel() for g in gs], [g.dtype for g in gs],
+                [(local(p).data_ptr(), getattr(p.grad, 'placements', None)) for p in self.sharded])
 
     def _tensor(self, opt, i, st, name, where, dense):
         "State `name` of the parameter at `i`: the one there is, laid out like the parameter, or zeros"
@@ -88,7 +92,7 @@ class _Plan:
         if t is None: new = torch.zeros_like(p)
         else:
             _check_state(p, t, name, where)
-            if not dense or walk(t) == walk(p): return t
+            if not dense or walk(local(t)) == walk(local(p)): return t
             new = torch.empty_like(p).copy_(t)
         self.new.append((i, st, name, new))
         return new
@@ -150,7 +154,7 @@ class JitOptimizer(Optimizer):
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
-# %% ../nbs/03_optimizer.ipynb #dd53337f
+# %% ../nbs/03_optimizer.ipynb #2051aa5c
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
     "The step's scalar arguments for `bucket`"
@@ -181,12 +185,14 @@ def step(self:JitOptimizer,
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: compute the loss and gradients, then call `step()`.")
     plan,grads = self._get_plan()
     scalars = [self._read_scalars(b) for b in plan.buckets]
+    if self.opt_step.check:
+        for values in scalars: self.opt_step.check(**dict(zip(self._scalars, values)))
     plan.commit(self)
     run = self.opt_step.over(self.state_names)
     for b,values in zip(plan.buckets, scalars): run(b.lists[0], b.grads(grads), *b.lists[1:], *values)
     plan.count(self)
 
-# %% ../nbs/03_optimizer.ipynb #636cafaa
+# %% ../nbs/03_optimizer.ipynb #0fa47f2b
 @patch
 @torch.no_grad()
 def zero_grad(self:JitOptimizer):
@@ -194,14 +200,18 @@ def zero_grad(self:JitOptimizer):
     grads = [g for pg in self.param_lists for p in pg if (g := p.grad) is not None]
     for g in grads:
         if g.requires_grad: g.detach_()
-    if grads: torch._foreach_zero_(grads)
+    if not grads: return
+    try: torch._foreach_zero_(grads)
+    except RuntimeError: torch._foreach_zero_([*map(local, grads)])  # no list may hold `DTensor`s beside other tensors
 
-# %% ../nbs/03_optimizer.ipynb #865297d8
+# %% ../nbs/03_optimizer.ipynb #5f7349fc
 @patch
 def clear_state(self:JitOptimizer):
     "Forget averages and step counts; keep which parameters take no decay and which are always trained"
     Optimizer.clear_state(self)
     self._plan = None
+
+_loaded = ('shape','dtype','device_mesh','placements')  # what has to fit in a state that is loaded; it is moved to its parameter's device
 
 @patch
 def _check_state_dict(self:JitOptimizer, sd):
@@ -212,14 +222,20 @@ def _check_state_dict(self:JitOptimizer, sd):
     params = [(f'parameter {j} of group {i}', p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
     if len(sd['hypers']) != len(self.param_lists): bad(f"it has {len(sd['hypers'])} parameter groups, the optimizer has {len(self.param_lists)}.")
     if len(sd['state']) != len(params): bad(f"it has state for {len(sd['state'])} parameters, the optimizer has {len(params)}.")
+    hypers = [n for n in self._scalars if n in self.opt_step.hypers and n not in self._given]
     for i,h in enumerate(sd['hypers']):
-        if lost := [n for n in self._scalars if n in self.opt_step.hypers and n not in self._given and n not in h]:
-            bad(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(h)}.")
+        if not isinstance(h, dict): bad(f"hypers of group {i} are {h!r}, not a dict.")
+        if lost := [n for n in hypers if n not in h]: bad(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(h)}.")
+        for n in hypers:
+            try: float(h[n])
+            except (TypeError,ValueError): bad(f"hyper `{n}` of group {i} has to be a number, but is {h[n]!r}.")
     for (name,p),st in zip(params, sd['state']):
+        if not isinstance(st, dict): bad(f"state of {name} is {st!r}, not a dict.")
+        if type(n := st.get('step', 0)) is not int or n < 0: bad(f"`step` of {name} has to be a whole number, at least 0, but is {n!r}.")
         has = [n for n in self.state_names if n in st]
         need = [n for n in (*self.state_names, 'step') if n in self.opt_step.args and n != 'slow_weights']
         if has and (lost := [n for n in need if n not in st]): bad(f"state of {name} has {', '.join(has)}, but no {', '.join(lost)}.")
-        try: [_check_state(p, st[n], n, name, ('shape','dtype')) for n in has]
+        try: [_check_state(p, st[n], n, name, _loaded) for n in has]
         except (TypeError,ValueError) as e: bad(e)
 
 @patch
@@ -232,7 +248,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #83c56eba
+# %% ../nbs/03_optimizer.ipynb #82c076fe
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -284,9 +300,9 @@ class JitLookahead(JitOptimizer):
         self.count += 1
 
     def _rest_lookahead(self):
-        rest = Bucket(0, False, 0, False, True, [Slot(i, self._plan.params[i], []) for i in self._plan.rest])
+        rest = Bucket(0, False, 0, False, True, False, [Slot(i, local(self._plan.params[i]), []) for i in self._plan.rest])
         make_batches(rest, False)
-        for ps,ss in zip(rest.nest([s.param for s in rest.slots]), rest.nest([self._slow[s.i] for s in rest.slots])): lookahead(ps, ss, self.alpha)
+        for ps,ss in zip(rest.nest([s.param for s in rest.slots]), rest.nest([local(self._slow[s.i]) for s in rest.slots])): lookahead(ps, ss, self.alpha)
 
     def clear_state(self):
         "Forget averages, step counts and slow weights"
@@ -301,18 +317,19 @@ class JitLookahead(JitOptimizer):
         super()._check_state_dict(sd)
         def bad(msg): raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
         if lost := [k for k in ('count','slow_weights') if k not in sd]: bad(f"it has no {', '.join(lost)}; was it saved by an optimizer without lookahead?")
+        if type(sd['count']) is not int or sd['count'] < 0: bad(f"`count` has to be a whole number, at least 0, but is {sd['count']!r}.")
         slow = sd['slow_weights']
         if slow is None: return
         if [*map(len, slow)] != [*map(len, self.param_lists)]: bad(f"it has slow weights for groups of {[*map(len, slow)]} parameters, the groups have {[*map(len, self.param_lists)]}.")
         for i,(pg,ss) in enumerate(zip(self.param_lists, slow)):
-            try: [_check_state(p, s, 'slow_weights', f'parameter {j} of group {i}', ('shape','dtype')) for j,(p,s) in enumerate(zip(pg, ss))]
+            try: [_check_state(p, s, 'slow_weights', f'parameter {j} of group {i}', _loaded) for j,(p,s) in enumerate(zip(pg, ss))]
             except (TypeError,ValueError) as e: bad(e)
 
     def load_state_dict(self,
         sd:dict # State dict of this optimizer or of its fastai counterpart
     ):
         "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
+        self._check_state_dict(sd)
+        slow = sd['slow_weights'] and L(L(s.detach().to(p.device, copy=True) for p,s in zip(*o)) for o in zip(self.param_lists, sd['slow_weights']))
         super().load_state_dict(sd)
-        slow = sd['slow_weights']
-        self.count = sd['count']
-        self.slow_weights = slow and L(L(s.detach().to(p.device, copy=True) for p,s in zip(pg, ss)) for pg,ss in zip(self.param_lists, slow))
+        self.count,self.slow_weights = sd['count'],slow

@@ -7,18 +7,18 @@ Docs: https://fastxtend.github.io/fastxtend_jit/qhadam.html.md"""
 # %% auto #0
 __all__ = ['qhadam_jit_step', 'qhadam_jit']
 
-# %% ../nbs/14_qhadam.ipynb #205c059d
+# %% ../nbs/14_qhadam.ipynb #76e500ae
 from typing import List
 
 import torch
 from torch import Tensor
 
-from .fragments import average_grad,average_sqr_grad,debias,fused_adam,weight_decay
+from .fragments import average_grad,average_sqr_grad,can_debias,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/14_qhadam.ipynb #4467b9ea
-@jit_step(elementwise=True)
+# %% ../nbs/14_qhadam.ipynb #46f3ee00
+@jit_step(elementwise=True, check=can_debias)
 def qhadam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -7,18 +7,18 @@ Docs: https://fastxtend.github.io/fastxtend_jit/radam.html.md"""
 # %% auto #0
 __all__ = ['radam_jit_step', 'radam_jit']
 
-# %% ../nbs/13_radam.ipynb #dc256f7e
+# %% ../nbs/13_radam.ipynb #1b26762b
 from typing import List
 
 import torch
 from torch import Tensor
 
-from .fragments import radam
+from .fragments import can_debias,radam
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/13_radam.ipynb #5456c962
-@jit_step(elementwise=True)
+# %% ../nbs/13_radam.ipynb #f2256f68
+@jit_step(elementwise=True, check=can_debias)
 def radam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -7,18 +7,18 @@ Docs: https://fastxtend.github.io/fastxtend_jit/ranger.html.md"""
 # %% auto #0
 __all__ = ['ranger_jit_step', 'ranger_jit']
 
-# %% ../nbs/17_ranger.ipynb #039d0186
+# %% ../nbs/17_ranger.ipynb #48c23d0b
 from typing import List
 
 import torch
 from torch import Tensor
 
-from .fragments import lookahead as _lookahead,radam
+from .fragments import can_debias,lookahead as _lookahead,radam
 from .optimizer import JitLookahead
 from .script import jit_step
 
-# %% ../nbs/17_ranger.ipynb #da728e85
-@jit_step(elementwise=True)
+# %% ../nbs/17_ranger.ipynb #9516dc53
+@jit_step(elementwise=True, check=can_debias)
 def ranger_jit_step(
     params:List[Tensor], # Parameters: the fast weights, updated in place
     grads:List[Tensor], # Gradients

@@ -113,7 +113,6 @@ def test_closure(case):
     with pytest.raises(NotImplementedError, match='closure.*call `step\\(\\)`'): opt.step(lambda: 1.)
     same(snapshot(opt), before)
 
-@pytest.mark.xfail(strict=True, reason="the step itself finds this, after the groups before have taken theirs")
 @pytest.mark.parametrize('case', [c for c in EIGHT if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
 @pytest.mark.parametrize('hyper', ['mom','sqr_mom'])
 def test_no_debiasing(case, hyper):
