@@ -162,7 +162,9 @@ def main(path):
         for c in EIGHT:
             wrong,both = '',[None,None]
             try: f(c)
-            except Exception: wrong = f'process {dist.get_rank()}: {traceback.format_exc()}'
+            except Exception:
+                wrong = f'{f.__name__}-{c}, process {dist.get_rank()}: {traceback.format_exc()}'
+                print(wrong, file=sys.stderr, flush=True)  # now: where only one process fails, the two part here
             dist.all_gather_object(both, wrong)
             res[f'{f.__name__}-{c}'] = ''.join(both)
     if dist.get_rank() == 0: Path(path).write_text(json.dumps(res))

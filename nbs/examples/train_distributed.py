@@ -1,7 +1,7 @@
 """Train on handwritten digits in several processes, with fastai's `distrib_ctx`.
 
 One machine:      torchrun --nproc-per-node 2 train_distributed.py
-                  accelerate launch --num_processes 2 train_distributed.py
+With GPUs, also:  accelerate launch --multi_gpu --num_processes 2 train_distributed.py
 Several machines: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 train_distributed.py   (on each)
 """
 from fastai.basics import *
