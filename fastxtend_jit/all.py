@@ -1,4 +1,4 @@
-"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps, and the two classes they are made with"
+"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps, the two classes they are made with, and `jit_opt`"
 from .optimizer import JitOptimizer,JitLookahead
 from .sgd import *
 from .rmsprop import *
@@ -8,3 +8,5 @@ from .qhadam import *
 from .larc import *
 from .lamb import *
 from .ranger import *
+from .learner import *
+from .explain import *

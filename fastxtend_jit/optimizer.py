@@ -7,7 +7,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 # %% auto #0
 __all__ = ['JitOptimizer', 'JitLookahead']
 
-# %% ../nbs/03_optimizer.ipynb #d134549d
+# %% ../nbs/03_optimizer.ipynb #eb792d6a
 import warnings
 from collections import defaultdict
 from itertools import chain
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .fragments import has_fused,lookahead
+from . import plan as _plan
 from .plan import Bucket,Slot,is_dense,is_plain,local,make_batches,walk
 from .script import JitStep,jit_step
 
@@ -49,7 +50,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #213cf632
+# %% ../nbs/03_optimizer.ipynb #119dd8df
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -57,7 +58,7 @@ class _Plan:
     def __init__(self, opt, params, grads):
         self.params,self.plain,self.sharded = params,[p for p in params if is_plain(p)],[p for p in params if local(p) is not p]
         self.new,self.rest,self.contents = [],[],None
-        buckets,seen = {},set()
+        buckets,seen,relaid = {},set(),0
         where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
         for i,(p,g,st) in enumerate(zip(params, grads, map(opt.state.__getitem__, params))):
             if g is None or p.numel() == 0: self.rest.append(i); continue
@@ -71,9 +72,10 @@ class _Plan:
             fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
             flat = dense and p.is_cpu and is_plain(local(p) if shards else p)
             relay = dense and walk(local(g)) != walk(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
+            if relay: relaid += p.numel()  # in buckets no larger than a batch: all gradients of a bucket are laid out at once
             slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)
             key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,shards
-            buckets.setdefault((*key,p.dtype,p.device,mesh), Bucket(*key, [])).slots.append(slot)
+            buckets.setdefault((*key,p.dtype,p.device,mesh,relay and 1 + relaid//_plan.batch_size), Bucket(*key, [])).slots.append(slot)
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
             make_batches(b, opt.opt_step.elementwise)
@@ -123,10 +125,11 @@ class _Plan:
         for p,st in opt.state.items(): at[p],k = k+[*st,'step'].index('step'),k+len(st)
         for b in self.buckets: b.counts += [(self.contents,at[s.param]) for s in b.slots]
 
-# %% ../nbs/03_optimizer.ipynb #f3fe236c
+# %% ../nbs/03_optimizer.ipynb #48a0eab6
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
+    _common = ('lr','mom','wd','train_bn')  # hypers that fastai sets for any optimizer
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
@@ -143,7 +146,16 @@ class JitOptimizer(Optimizer):
             if n not in defaults and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
             setattr(self, n, defaults.pop(n, step.defaults.get(n)))
         self._scalars = [n for n in step.args[2:] if n not in step.state]
+        if odd := {*defaults} - {*step.hypers, *self._common}: raise TypeError(f"`{step.__name__}` has no argument {', '.join(sorted(odd))}; it has {', '.join(step.args[2:])}.")
         super().__init__(params, [], **{n:v for n,v in step.defaults.items() if n in step.hypers and n not in self._given} | defaults)
+        for i,pg in enumerate(self.param_lists):
+            for p in pg:
+                if not isinstance(p, Tensor): raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: pass a list of parameters, or a list of lists of them.")
+
+    def _set_hyper(self, k, v):
+        if k not in self.opt_step.hypers and k not in self._common:
+            warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {', '.join(n for n in self.opt_step.hypers if n not in self._given)}.")
+        super()._set_hyper(k, v)
 
     def _values(self, bucket): return dict(do_wd=bucket.do_wd, step=bucket.step+1, fused=bucket.fused, flat=bucket.flat)
     def _contents(self):
@@ -192,26 +204,31 @@ def step(self:JitOptimizer,
     for b,values in zip(plan.buckets, scalars): run(b.lists[0], b.grads(grads), *b.lists[1:], *values)
     plan.count(self)
 
-# %% ../nbs/03_optimizer.ipynb #0fa47f2b
+# %% ../nbs/03_optimizer.ipynb #1da48f32
 @patch
 @torch.no_grad()
 def zero_grad(self:JitOptimizer):
-    "Zero all gradients in place"
-    grads = [g for pg in self.param_lists for p in pg if (g := p.grad) is not None]
-    for g in grads:
-        if g.requires_grad: g.detach_()
-    if not grads: return
-    try: torch._foreach_zero_(grads)
-    except RuntimeError: torch._foreach_zero_([*map(local, grads)])  # no list may hold `DTensor`s beside other tensors
+    "Zero all gradients in place, in one call for each dtype and device"
+    alike = {}
+    for pg in self.param_lists:
+        for p in pg:
+            if (g := p.grad) is None: continue
+            if g.requires_grad: g.detach_()
+            alike.setdefault((type(g),g.dtype,g.device), []).append(g)
+    for grads in alike.values(): torch._foreach_zero_(grads)
 
-# %% ../nbs/03_optimizer.ipynb #5f7349fc
+# %% ../nbs/03_optimizer.ipynb #b461587a
 @patch
 def clear_state(self:JitOptimizer):
     "Forget averages and step counts; keep which parameters take no decay and which are always trained"
     Optimizer.clear_state(self)
     self._plan = None
 
-_loaded = ('shape','dtype','device_mesh','placements')  # what has to fit in a state that is loaded; it is moved to its parameter's device
+def _own(p, v):
+    "A copy of `v` on its parameter's device; a parameter on the CPU may follow later, as fastai moves a model only when training starts"
+    return v.detach().to(v.device if p.is_cpu else p.device, copy=True) if isinstance(v, Tensor) else v
+
+_loaded = ('shape','dtype','device_mesh','placements')  # what has to fit in a state that is loaded
 
 @patch
 def _check_state_dict(self:JitOptimizer, sd):
@@ -244,11 +261,10 @@ def load_state_dict(self:JitOptimizer,
 ):
     "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
     self._check_state_dict(sd)
-    own = lambda p,v: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v
-    self.state = defaultdict(dict, {p: {k:own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
+    self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #82c076fe
+# %% ../nbs/03_optimizer.ipynb #62dcf51b
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -330,6 +346,6 @@ class JitLookahead(JitOptimizer):
     ):
         "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
         self._check_state_dict(sd)
-        slow = sd['slow_weights'] and L(L(s.detach().to(p.device, copy=True) for p,s in zip(*o)) for o in zip(self.param_lists, sd['slow_weights']))
+        slow = sd['slow_weights'] and L(L(map(_own, *o)) for o in zip(self.param_lists, sd['slow_weights']))
         super().load_state_dict(sd)
         self.count,self.slow_weights = sd['count'],slow

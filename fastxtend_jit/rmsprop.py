@@ -17,7 +17,7 @@ from .fragments import adam_update,average_grad,average_sqr_grad,fused_adam,weig
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/11_rmsprop.ipynb #9643ee58
+# %% ../nbs/11_rmsprop.ipynb #70c173e5
 @jit_step(elementwise=True)
 def rmsprop_jit_step(
     params:List[Tensor], # Parameters, updated in place
@@ -40,7 +40,8 @@ def rmsprop_jit_step(
     if not (fuse and decouple_wd): grads = weight_decay(params, grads, lr, wd, decouple_wd)
 
     if fuse:
-        # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that: the kernel writes back what it read.
+        # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that: the kernel writes back what it read
+        # (of an infinite one NaN, which is what the parameter becomes).
         # And 1 - β2**step is 1 for a step as large as this: no averaging of the gradient, and no debiasing
         fused_adam(params, grads, grads, sqr_avg, 1 << 40, lr, 0., sqr_mom, eps, wd if decouple_wd else 0., True)
     else:

@@ -49,7 +49,7 @@ def _signature(fn):
     return inspect.Signature([inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=types.get(str(a.type), str(a.type)),
         default=inspect.Parameter.empty if a.default_value is None else a.default_value) for a in fn.schema.arguments])
 
-# %% ../nbs/00_script.ipynb #0845cae2
+# %% ../nbs/00_script.ipynb #53d9c5a0
 class JitStep:
     "A step function compiled by TorchScript, with its signature, documentation and name, which pickles and deep-copies"
     def __init__(self,
@@ -87,7 +87,11 @@ class JitStep:
         "The function as it runs: a `torch.jit.ScriptFunction`, or the plain function where TorchScript is not supported"
         return self.fn if isinstance(self.fn, torch.jit.ScriptFunction) else _compile(self.fn)
 
-    def __call__(self, *args, **kwargs): return self.compiled(*args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        try: self.__signature__.bind(*args, **kwargs)
+        except TypeError as e:
+            raise TypeError(f"`{self.__name__}` is a step function, called with wrong arguments ({e}). As `opt_func`, a Learner takes a factory, such as `adam_jit`.") from None
+        return self.compiled(*args, **kwargs)
     @property
     def graph(self): "TorchScript's intermediate representation"; return self.compiled.graph
     @property

@@ -17,7 +17,7 @@ from .fragments import average_grad,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/10_sgd.ipynb #8500d868
+# %% ../nbs/10_sgd.ipynb #764122d9
 @jit_step(elementwise=True)
 def sgd_jit_step(
     params:List[Tensor], # Parameters, updated in place
@@ -33,20 +33,14 @@ def sgd_jit_step(
     "A step of SGD, with momentum if there is a `grad_avg`"
     if not do_wd: wd = 0.
 
-    if grad_avg is None:
-        # p·(1-lr·wd) - lr·g = p - lr·(g + wd·p): without momentum, decay and L2 are one formula
-        if fused: torch._fused_sgd_(params, grads, [], weight_decay=wd, momentum=0., lr=lr, dampening=0.,
-                                    nesterov=False, maximize=False, is_first_step=False)
-        else: torch._foreach_add_(params, weight_decay(params, grads, lr, wd, decouple_wd), alpha=-lr)
-
-    elif fused and mom != 0.:  # with `momentum=0`, the kernel would leave `grad_avg` as it is
+    if fused and (grad_avg is None or mom != 0.):  # with `momentum=0`, the kernel would leave `grad_avg` as it is
         if decouple_wd: weight_decay(params, grads, lr, wd, True)
-        torch._fused_sgd_(params, grads, grad_avg, weight_decay=0. if decouple_wd else wd, momentum=mom, lr=lr, dampening=0.,
-                          nesterov=False, maximize=False, is_first_step=False)
-
-    else:
-        average_grad(grad_avg, weight_decay(params, grads, lr, wd, decouple_wd), mom)
-        torch._foreach_add_(params, grad_avg, alpha=-lr)
+        torch._fused_sgd_(params, grads, [] if grad_avg is None else grad_avg, weight_decay=0. if decouple_wd else wd,
+                          momentum=0. if grad_avg is None else mom, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+        return
+    grads = weight_decay(params, grads, lr, wd, decouple_wd)
+    if grad_avg is not None: average_grad(grad_avg, grads, mom)
+    torch._foreach_add_(params, grads if grad_avg is None else grad_avg, alpha=-lr)
 
 # %% ../nbs/10_sgd.ipynb #99675e0e
 def sgd_jit(

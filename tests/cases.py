@@ -5,9 +5,9 @@ from typing import Callable
 
 import torch
 from torch import nn
-from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,ranger
 
 from fastxtend_jit.all import *
+from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,ranger
 
 @dataclass
 class Case:

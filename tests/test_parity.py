@@ -78,4 +78,4 @@ def test_all():
     scope = {}
     exec('from fastxtend_jit.all import *', scope)
     names = [j.__name__ for _,j in PAIRS]
-    assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), 'JitOptimizer', 'JitLookahead'}
+    assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), 'JitOptimizer', 'JitLookahead', 'jit_opt'}
