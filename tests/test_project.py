@@ -15,6 +15,8 @@ from nbconvert.filters import markdown2html
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export,nbglob
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import exec_nb
 
 import fastxtend_jit
 from fastxtend_jit.all import sgd_jit_step
@@ -87,6 +89,12 @@ def test_renders(nb):
 
 @pytest.mark.parametrize('name', ['README.md','CHANGELOG.md','CONTRIBUTING.md'])
 def test_links(name): assert not broken(root/name)
+
+@pages
+def test_documentation(nb, tmp_path):
+    "nbdev can prepare the page for the documentation site: all but quarto. It runs cells with imports, so these have to hold nothing else"
+    exec_nb(nb, tmp_path/nb.name, FilterDefaults)
+    assert (tmp_path/nb.name).exists()
 
 def test_broken_links_are_found(tmp_path):
     (tmp_path/'a.md').write_text('# A\n[x](b.md) [y](#b) [z](a.md#c) ![p](p.png) [ok](a.md) [out](https://fast.ai)')
