@@ -17,7 +17,7 @@ import torch
 from torch import nn,Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/04_check.ipynb #cf6c4e2e
+# %% ../nbs/04_check.ipynb #2dcf55dc
 def compare_steps(
     native:Callable, # Factory of the optimizer to compare with
     jit:Callable, # Factory of the other
@@ -40,13 +40,13 @@ def compare_steps(
             opt.set_hypers(lr=lr*(0.1 + 0.9*up), mom=0.95 - 0.1*up)
             for p,g in zip(opt.param_lists[0], grads): p.grad = g.clone()
             opt.step()
-            path.append(opt.param_lists[0][0].detach().flatten()[:3].tolist())
+            path.append((opt.param_lists[0][0].detach() - start[0]).flatten()[:3].tolist())
         for j,(p,q) in enumerate(zip(*(opt.param_lists[0] for opt in opts))):
             diff[j],size[j] = max(diff[j], (p-q).abs().max().item()),max(size[j], p.abs().max().item())
     if ax:
         ax.plot(paths[0], lw=5, alpha=0.3, c='tab:blue', label=['fastai','',''])
         ax.plot(paths[1], lw=1.5, ls='--', c='tab:orange', label=['compiled','',''])
-        ax.set(xlabel='step', ylabel='value', title='Three elements under both'); ax.legend()
+        ax.set(xlabel='step', ylabel='moved by', title='Three elements under both'); ax.legend(loc='upper left', bbox_to_anchor=(1,1))
     return pd.DataFrame({'shape': list(shapes), 'largest difference': diff, 'of values up to': size, 'relative': [d/s for d,s in zip(diff,size)]})
 
 # %% ../nbs/04_check.ipynb #eff7bbe6
