@@ -16,14 +16,15 @@ from typing import List
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_fragments.ipynb #89fd35e7
+# %% ../nbs/01_fragments.ipynb #dd1c2764
 def scale_(
     xs:List[Tensor], # Tensors, multiplied in place
     by:float # Factor
 ):
     "Multiply by a number, in the precision of the arithmetic and not of the tensors"
-    if xs[0].is_cpu: torch._foreach_mul_(xs, torch.full([], by, dtype=torch.float64))
-    else: torch._foreach_mul_(xs, by)
+    x = xs[0]
+    if not x.is_cpu: torch._foreach_mul_(xs, by); return
+    torch._foreach_mul_(xs, torch.full([], by, dtype=x.dtype if x.dtype == torch.float32 else torch.float64))
 
 # %% ../nbs/01_fragments.ipynb #952753b2
 def weight_decay(
@@ -76,7 +77,7 @@ def can_debias(
     "Raise if a step with two debiased averages could not be taken: a `check` for `jit_step`"
     for m in (mom,sqr_mom): debias(m, 1)
 
-# %% ../nbs/01_fragments.ipynb #5b1ea289
+# %% ../nbs/01_fragments.ipynb #a15e0faf
 @cache
 def has_fused(
     device_type:str, # As `torch.device.type`
@@ -84,12 +85,14 @@ def has_fused(
 ) -> bool:
     "Whether ATen's fused optimizer kernels run here on this type of device and dtype, found by trying them once"
     if device_type not in ('cpu','cuda'): return False  # Apple's `mps` has such kernels, but nobody has tried these identities there
-    t,step = torch.zeros(1, dtype=dtype, device=device_type),torch.ones(1, device=device_type)
+    p,g,m = (torch.full([100], x, dtype=dtype, device=device_type) for x in (0.,1.,0.))
+    step = torch.ones(1, device=device_type)
     try:
-        torch._fused_adamw_([t], [t], [t], [t], [], [step], lr=0., beta1=0., beta2=0., weight_decay=0., eps=1., amsgrad=False, maximize=False)
-        torch._fused_sgd_([t], [t], [t], weight_decay=0., momentum=0.9, lr=0., dampening=0., nesterov=False, maximize=False, is_first_step=False)
+        torch._fused_adamw_([p], [m], [m], [m], [], [step], lr=0., beta1=0., beta2=0., weight_decay=0., eps=1., amsgrad=False, maximize=False)
+        torch._fused_sgd_([p], [g], [m], weight_decay=0., momentum=0.5, lr=1., dampening=0., nesterov=False, maximize=False, is_first_step=False)
     except (RuntimeError,AttributeError,NotImplementedError): return False
-    return True
+    # on a CPU, PyTorch before 2.15 has an SGD kernel for half precision that computes wrong numbers
+    return device_type != 'cpu' or bool((p == -1).all() and (m == 1).all())
 
 # %% ../nbs/01_fragments.ipynb #eb0d7ed7
 def fused_adam(
@@ -177,15 +180,16 @@ def radam(
     if v == 0.: torch._foreach_add_(params, grad_avg, alpha=-lr/debias1)
     else: adam_update(params, grad_avg, sqr_avg, lr*v/debias1, eps, debias2, beta)
 
-# %% ../nbs/01_fragments.ipynb #a103e4fa
+# %% ../nbs/01_fragments.ipynb #6816fd25
 def norms(
     xs:List[Tensor], # Tensors of any shape
     flat:bool=False # Are they dense, in a CPU's memory?
 ) -> Tensor:
     "L2 norm of each tensor, as one vector, on the device"
-    if not flat or not (xs[0].dtype == torch.float32 or xs[0].dtype == torch.float64): return torch.stack(torch._foreach_norm(xs))
-    flats = [x.as_strided([x.numel()], [1]) for x in xs]
-    return torch.stack([torch.dot(x, x) for x in flats]).sqrt()
+    x = xs[0]
+    if not flat or len(xs) > 1 or not (x.dtype == torch.float32 or x.dtype == torch.float64): return torch.stack(torch._foreach_norm(xs))
+    x = x.as_strided([x.numel()], [1])
+    return torch.dot(x, x).sqrt().unsqueeze(0)
 
 # %% ../nbs/01_fragments.ipynb #d0d3fe7b
 def lookahead(

@@ -17,7 +17,7 @@ from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debi
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/16_lamb.ipynb #54872f2f
+# %% ../nbs/16_lamb.ipynb #e112f55b
 @jit_step(check=can_debias)
 def lamb_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
@@ -51,7 +51,7 @@ def lamb_jit_step(
     q = r1/r2
     q = torch.where(q > 10., 10., q)
     q = torch.where((r1 == 0.) | (r2 == 0.), 1., q)
-    for p,u,l in zip(params, update, (q*lr).unbind()): p.addcmul_(u, l, value=-1.)
+    torch._foreach_addcmul_(params, update, (q*lr).unbind(), -1.)
 
 # %% ../nbs/16_lamb.ipynb #ebbe425d
 def lamb_jit(

@@ -17,7 +17,7 @@ from .fragments import average_grad,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/15_larc.ipynb #559d93fa
+# %% ../nbs/15_larc.ipynb #816295e7
 @jit_step
 def larc_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
@@ -48,7 +48,7 @@ def larc_jit_step(
                           maximize=False, is_first_step=False)
         return
     if grad_avg is not None: average_grad(grad_avg, grads, mom)
-    for p,g,l in zip(params, grads if grad_avg is None else grad_avg, lrs): p.addcmul_(g, l, value=-1.)
+    torch._foreach_addcmul_(params, grads if grad_avg is None else grad_avg, lrs, -1.)
 
 # %% ../nbs/15_larc.ipynb #5b34def4
 def larc_jit(

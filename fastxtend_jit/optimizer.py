@@ -29,13 +29,13 @@ with warnings.catch_warnings():  # fastai scripts a layer of its own while it is
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #f728f1c5
+# %% ../nbs/03_optimizer.ipynb #056ba4fd
 def _check_grad(p, g, where):
     "Raise if a step cannot use gradient `g` of parameter `p`"
     if g.layout != torch.strided:
-        raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which fastai's optimizers do not support: make it dense, for an embedding by `sparse=False`.")
+        raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which compiled steps do not take: make it dense, for an embedding by `sparse=False`.")
     if p.is_complex() or g.is_complex():
-        raise TypeError(f"{where} or its gradient is complex, which fastai's optimizers do not support: optimize `torch.view_as_real` of it.")
+        raise TypeError(f"{where} or its gradient is complex, which compiled steps do not take: optimize `torch.view_as_real` of it.")
     for a in ('shape','dtype','device','device_mesh'):
         if getattr(p, a, None) != getattr(g, a, None):
             raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}: compute it again after changing the parameter.")
@@ -50,7 +50,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #119dd8df
+# %% ../nbs/03_optimizer.ipynb #19af34c6
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -71,10 +71,11 @@ class _Plan:
             shards = mesh is not None and opt.opt_step.elementwise
             fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
             flat = dense and p.is_cpu and is_plain(local(p) if shards else p)
+            small = flat and local(p).numel() <= _plan.small_size
             relay = dense and walk(local(g)) != walk(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
             if relay: relaid += p.numel()  # in buckets no larger than a batch: all gradients of a bucket are laid out at once
             slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)
-            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,shards
+            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,small,shards
             buckets.setdefault((*key,p.dtype,p.device,mesh,relay and 1 + relaid//_plan.batch_size), Bucket(*key, [])).slots.append(slot)
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
@@ -166,7 +167,7 @@ class JitOptimizer(Optimizer):
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
-# %% ../nbs/03_optimizer.ipynb #2051aa5c
+# %% ../nbs/03_optimizer.ipynb #bac78624
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
     "The step's scalar arguments for `bucket`"
@@ -188,6 +189,8 @@ def _get_plan(self:JitOptimizer):
     if self._plan is None or not self._plan.holds(self, params, grads): self._plan = _Plan(self, params, grads)
     return self._plan,grads
 
+_openmp = 'OpenMP' in torch.__config__.parallel_info()  # other backends cannot change the number of threads once they have worked
+
 @patch
 @torch.no_grad()
 def step(self:JitOptimizer,
@@ -201,21 +204,27 @@ def step(self:JitOptimizer,
         for values in scalars: self.opt_step.check(**dict(zip(self._scalars, values)))
     plan.commit(self)
     run = self.opt_step.over(self.state_names)
-    for b,values in zip(plan.buckets, scalars): run(b.lists[0], b.grads(grads), *b.lists[1:], *values)
+    threads = torch.get_num_threads()
+    for b,values in zip(plan.buckets, scalars):
+        if alone := b.small and _openmp and threads > 1: torch.set_num_threads(1)
+        try: run(b.lists[0], b.grads(grads), *b.lists[1:], *values)
+        finally:
+            if alone: torch.set_num_threads(threads)
     plan.count(self)
 
-# %% ../nbs/03_optimizer.ipynb #1da48f32
+# %% ../nbs/03_optimizer.ipynb #5ae255e4
 @patch
 @torch.no_grad()
 def zero_grad(self:JitOptimizer):
     "Zero all gradients in place, in one call for each dtype and device"
+    grads = [g for pg in self.param_lists for p in pg if (g := p.grad) is not None]
+    for g in grads:
+        if g.requires_grad: g.detach_()
     alike = {}
-    for pg in self.param_lists:
-        for p in pg:
-            if (g := p.grad) is None: continue
-            if g.requires_grad: g.detach_()
-            alike.setdefault((type(g),g.dtype,g.device), []).append(g)
-    for grads in alike.values(): torch._foreach_zero_(grads)
+    if len({*map(type, grads)}) == len({g.dtype for g in grads}) == 1: alike[0] = grads
+    else:  # kernels for lists are fast only if all their tensors are alike
+        for g in grads: alike.setdefault((type(g),g.dtype,g.device), []).append(g)
+    for gs in alike.values(): torch._foreach_zero_(gs)
 
 # %% ../nbs/03_optimizer.ipynb #b461587a
 @patch
@@ -264,7 +273,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #62dcf51b
+# %% ../nbs/03_optimizer.ipynb #41e33292
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -316,7 +325,7 @@ class JitLookahead(JitOptimizer):
         self.count += 1
 
     def _rest_lookahead(self):
-        rest = Bucket(0, False, 0, False, True, False, [Slot(i, local(self._plan.params[i]), []) for i in self._plan.rest])
+        rest = Bucket(0, False, 0, False, True, False, False, [Slot(i, local(self._plan.params[i]), []) for i in self._plan.rest])
         make_batches(rest, False)
         for ps,ss in zip(rest.nest([s.param for s in rest.slots]), rest.nest([local(self._slow[s.i]) for s in rest.slots])): lookahead(ps, ss, self.alpha)
 
