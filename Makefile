@@ -29,7 +29,7 @@ demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, 
 
 test: $(VENV)/.dev ## run the notebooks and the tests: optimizers, the demo in a small setting, whether all is in step
 	time OMP_NUM_THREADS=1 nbdev-test --timing
-	time OMP_NUM_THREADS=1 python -m pytest tests -q -rs --durations=10
+	time OMP_NUM_THREADS=1 python -m pytest tests -q -n 2 --dist worksteal --durations=10
 
 fuzz: $(VENV)/.dev ## look for differences from fastai for longer: FASTXTEND_FUZZ=examples
 	FASTXTEND_FUZZ=$${FASTXTEND_FUZZ:-2000} python -m pytest tests/test_fuzz.py -q
