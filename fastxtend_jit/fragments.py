@@ -180,16 +180,15 @@ def radam(
     if v == 0.: torch._foreach_add_(params, grad_avg, alpha=-lr/debias1)
     else: adam_update(params, grad_avg, sqr_avg, lr*v/debias1, eps, debias2, beta)
 
-# %% ../nbs/01_fragments.ipynb #6816fd25
+# %% ../nbs/01_fragments.ipynb #a103e4fa
 def norms(
     xs:List[Tensor], # Tensors of any shape
     flat:bool=False # Are they dense, in a CPU's memory?
 ) -> Tensor:
     "L2 norm of each tensor, as one vector, on the device"
-    x = xs[0]
-    if not flat or len(xs) > 1 or not (x.dtype == torch.float32 or x.dtype == torch.float64): return torch.stack(torch._foreach_norm(xs))
-    x = x.as_strided([x.numel()], [1])
-    return torch.dot(x, x).sqrt().unsqueeze(0)
+    if not flat or not (xs[0].dtype == torch.float32 or xs[0].dtype == torch.float64): return torch.stack(torch._foreach_norm(xs))
+    flats = [x.as_strided([x.numel()], [1]) for x in xs]
+    return torch.stack([torch.dot(x, x) for x in flats]).sqrt()
 
 # %% ../nbs/01_fragments.ipynb #d0d3fe7b
 def lookahead(

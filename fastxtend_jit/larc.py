@@ -17,7 +17,7 @@ from .fragments import average_grad,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/15_larc.ipynb #816295e7
+# %% ../nbs/15_larc.ipynb #72756d8c
 @jit_step
 def larc_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
@@ -38,12 +38,13 @@ def larc_jit_step(
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
 
     # as in fastai, `wd` counts here also where `do_wd` is off
-    p_norm,g_norm = norms(params, flat),norms(grads, flat)
+    large = flat and len(params) == 1
+    p_norm,g_norm = norms(params, large),norms(grads, large)
     local_lr = lr*trust_coeff * p_norm / (g_norm + p_norm*wd + eps)
     if clip: local_lr = torch.where(local_lr < lr, local_lr, lr)
     lrs = local_lr.unbind()
 
-    if fused and len(lrs) == 1 and grad_avg is not None and mom != 0.:
+    if fused and large and grad_avg is not None and mom != 0.:
         torch._fused_sgd_(params, grads, grad_avg, weight_decay=0., momentum=mom, lr=lrs[0], dampening=0., nesterov=False,
                           maximize=False, is_first_step=False)
         return

@@ -50,7 +50,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #19af34c6
+# %% ../nbs/03_optimizer.ipynb #e4eb3922
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -59,6 +59,7 @@ class _Plan:
         self.params,self.plain,self.sharded = params,[p for p in params if is_plain(p)],[p for p in params if local(p) is not p]
         self.new,self.rest,self.contents = [],[],None
         buckets,seen,relaid = {},set(),0
+        many_small = sum(local(p).numel() <= _plan.small_size for p in params) > 20  # a call for them alone is worth its time
         where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
         for i,(p,g,st) in enumerate(zip(params, grads, map(opt.state.__getitem__, params))):
             if g is None or p.numel() == 0: self.rest.append(i); continue
@@ -71,7 +72,7 @@ class _Plan:
             shards = mesh is not None and opt.opt_step.elementwise
             fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
             flat = dense and p.is_cpu and is_plain(local(p) if shards else p)
-            small = flat and local(p).numel() <= _plan.small_size
+            small = flat and many_small and local(p).numel() <= _plan.small_size
             relay = dense and walk(local(g)) != walk(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
             if relay: relaid += p.numel()  # in buckets no larger than a batch: all gradients of a bucket are laid out at once
             slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)

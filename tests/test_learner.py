@@ -286,7 +286,7 @@ def test_explain_says_why(monkeypatch):
     opt = explained(adam)
     p = opt.param_lists[0][2]
     p.grad = p.grad.to(memory_format=torch.channels_last)
-    assert path(opt) == ['fused','lays out 1 gradients anew']
+    assert sorted(opt.explain()['why not faster']) == ['','lays out 1 gradients anew']
     own = JitOptimizer([nn.Parameter(torch.randn(3))], lion_step, lr=0.1, mom=0.9)
     own.param_lists[0][0].grad = torch.randn(3)
     own.step()
