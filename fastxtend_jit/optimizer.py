@@ -168,7 +168,7 @@ class JitOptimizer(Optimizer):
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
-# %% ../nbs/03_optimizer.ipynb #bac78624
+# %% ../nbs/03_optimizer.ipynb #0319337a
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
     "The step's scalar arguments for `bucket`"
@@ -185,7 +185,7 @@ def _read_scalars(self:JitOptimizer, bucket):
 @patch
 def _get_plan(self:JitOptimizer):
     "The plan for the gradients as they are, and these gradients; raises if a step could not be taken"
-    params = [p for pg in self.param_lists for p in pg]
+    params = [*chain.from_iterable(self.param_lists)]
     grads = [p.grad for p in params]
     if self._plan is None or not self._plan.holds(self, params, grads): self._plan = _Plan(self, params, grads)
     return self._plan,grads
@@ -213,12 +213,12 @@ def step(self:JitOptimizer,
             if alone: torch.set_num_threads(threads)
     plan.count(self)
 
-# %% ../nbs/03_optimizer.ipynb #5ae255e4
+# %% ../nbs/03_optimizer.ipynb #162fe649
 @patch
 @torch.no_grad()
 def zero_grad(self:JitOptimizer):
     "Zero all gradients in place, in one call for each dtype and device"
-    grads = [g for pg in self.param_lists for p in pg if (g := p.grad) is not None]
+    grads = [g for p in chain.from_iterable(self.param_lists) if (g := p.grad) is not None]
     for g in grads:
         if g.requires_grad: g.detach_()
     alike = {}

@@ -87,8 +87,8 @@ class Bucket:
         "Gradients as lists of batches, laid out like the parameters"
         return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots])
 
-# %% ../nbs/02_plan.ipynb #d90e203b
-batch_size = 2**20  # elements in a batch on a CPU
+# %% ../nbs/02_plan.ipynb #f56fd68b
+batch_size = 2**22  # elements in a batch on a CPU
 small_size = 2**12  # elements up to which one thread is faster than two
 
 def make_batches(

@@ -64,7 +64,7 @@ def known(case):
     if case.jit is rmsprop_jit and not kw['mom'] and dec: return {(w,g):'gradient' for w in INF}  # the kernel writes a NaN over an infinite gradient
     res = {}
     # lerp makes NaN of an infinite average, whose parameter is NaN already
-    if case.jit in (adam_jit,radam_jit,qhadam_jit,lamb_jit,ranger_jit) and dec and 'beta' not in kw: res |= {(w,g):'state' for w in INF}
+    if case.jit in (rmsprop_jit,adam_jit,radam_jit,qhadam_jit,lamb_jit,ranger_jit) and dec and 'beta' not in kw: res |= {(w,g):'state' for w in INF}
     # fastai squares the gradient before it multiplies with 1-nu_2: an overflow, and 0*inf is NaN
     if case.jit is qhadam_jit: res |= {(f'times {x}',t):'parameter' for x in (1e19,1e25,1e38) for t in (g,p)}
     return res
