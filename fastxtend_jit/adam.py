@@ -17,8 +17,8 @@ from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debi
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/12_adam.ipynb #84fccf39
-@jit_step(elementwise=True, check=can_debias)
+# %% ../nbs/12_adam.ipynb #b5f14c1e
+@jit_step(elementwise=True, check=can_debias, in_place=lambda fused,**_: fused)
 def adam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -56,7 +56,7 @@ def _rehearse(
     with _Rehearsal() as r: o.step()
     return r,plan
 
-# %% ../nbs/21_explain.ipynb #dd06dde9
+# %% ../nbs/21_explain.ipynb #77849983
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
 
 def _why(opt, bucket, ids, path):
@@ -85,6 +85,6 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
         r,only = _rehearse(self, ids := {id(p) for p in ps})
         path = _path(r.calls)
         rows.append({'group': b.group, 'wd': self.hypers[b.group].get('wd', 0.) if b.do_wd else 0., 'dtype': str(ps[0].dtype)[6:], 'device': str(ps[0].device),
-            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': sum(len(o.lists[0]) for o in only.buckets),
+            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': sum(1 if o.whole else len(o.lists[0]) for o in only.buckets),
             'path': path, 'why not faster': _why(self, b, ids, path), 'ATen calls': len(r.calls), 'scratch, MiB': round(r.peak/2**20, 2)})
     return pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1)

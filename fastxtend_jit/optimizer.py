@@ -50,7 +50,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #e4eb3922
+# %% ../nbs/03_optimizer.ipynb #a7c1ec18
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -81,7 +81,9 @@ class _Plan:
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
             make_batches(b, opt.opt_step.elementwise)
-            b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in ([s.param for s in b.slots], *map(list, zip(*[s.state for s in b.slots])))]
+            tensors = [s.param for s in b.slots],*map(list, zip(*[s.state for s in b.slots]))
+            b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in tensors]
+            if opt.opt_step.in_place and len(b.lists[0]) > 1: b.uncut = [opt.opt_step.hold(b.nest(ts, True)) for ts in tensors]
 
     def _layout(self, grads):
         "Where parameters lie, and how they and their gradients do; a parameter has its gradient's dtype"
@@ -168,7 +170,7 @@ class JitOptimizer(Optimizer):
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
-# %% ../nbs/03_optimizer.ipynb #0319337a
+# %% ../nbs/03_optimizer.ipynb #eec183d4
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
     "The step's scalar arguments for `bucket`"
@@ -208,7 +210,9 @@ def step(self:JitOptimizer,
     threads = torch.get_num_threads()
     for b,values in zip(plan.buckets, scalars):
         if alone := b.small and _openmp and threads > 1: torch.set_num_threads(1)
-        try: run(b.lists[0], b.grads(grads), *b.lists[1:], *values)
+        b.whole = b.uncut is not None and self.opt_step.in_place(**dict(zip(self._scalars, values)))
+        lists = b.uncut if b.whole else b.lists
+        try: run(lists[0], b.grads(grads), *lists[1:], *values)
         finally:
             if alone: torch.set_num_threads(threads)
     plan.count(self)

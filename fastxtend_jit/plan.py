@@ -48,7 +48,7 @@ def flat(
     "`t` as it lies in memory, one-dimensional, sharing storage"
     return t.as_strided((t.numel(),), (1,))
 
-# %% ../nbs/02_plan.ipynb #c822b2ac
+# %% ../nbs/02_plan.ipynb #427df0af
 @dataclass(slots=True)
 class Slot:
     "One parameter that takes a step: where it is, its tensors, and whether its gradient lies like it"
@@ -71,12 +71,16 @@ class Bucket:
     counts:list=None # Where to write the number of the step: pairs of a container and a key
     batches:list=None # First slot, last slot and length of pieces (0 for whole tensors) of each batch
     lists:list=None # Parameters, then each state, as the step takes them
+    uncut:list=None # The same in one batch, for a step that allocates nothing
+    whole:bool=False # Was the last step taken in one batch?
 
     def nest(self,
-        ts:list # A tensor for each slot
+        ts:list, # A tensor for each slot
+        whole:bool=False # Into one batch?
     ) -> list:
         "`ts` as lists of batches"
         if self.shards: ts = [*map(local, ts)]
+        if whole: return [ts[:self.batches[-1][1]]]
         res = []
         for a,b,piece in self.batches: res += [[t] for t in flat(ts[a]).split(piece)] if piece else [ts[a:b]]
         return res
@@ -84,11 +88,11 @@ class Bucket:
     def grads(self,
         gs:list # Gradients of all parameters, by position
     ) -> list:
-        "Gradients as lists of batches, laid out like the parameters"
-        return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots])
+        "Gradients as lists of batches, or in one if `whole`, laid out like the parameters"
+        return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots], self.whole)
 
-# %% ../nbs/02_plan.ipynb #f56fd68b
-batch_size = 2**22  # elements in a batch on a CPU
+# %% ../nbs/02_plan.ipynb #9bfaf780
+batch_size = 2**21  # elements in a batch on a CPU
 small_size = 2**12  # elements up to which one thread is faster than two
 
 def make_batches(

@@ -17,8 +17,8 @@ from .fragments import can_debias,radam
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/13_radam.ipynb #f2256f68
-@jit_step(elementwise=True, check=can_debias)
+# %% ../nbs/13_radam.ipynb #47a80a83
+@jit_step(elementwise=True, check=can_debias, in_place=lambda fused,beta,decouple_wd,**_: fused and beta==0 and decouple_wd)
 def radam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -17,8 +17,8 @@ from .fragments import adam_update,average_grad,average_sqr_grad,fused_adam,weig
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/11_rmsprop.ipynb #120a5401
-@jit_step(elementwise=True)
+# %% ../nbs/11_rmsprop.ipynb #fcfc0c5d
+@jit_step(elementwise=True, in_place=lambda fused,sqr_mom,decouple_wd,**_: fused and sqr_mom<1 and decouple_wd)
 def rmsprop_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

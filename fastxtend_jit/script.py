@@ -49,16 +49,17 @@ def _signature(fn):
     return inspect.Signature([inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=types.get(str(a.type), str(a.type)),
         default=inspect.Parameter.empty if a.default_value is None else a.default_value) for a in fn.schema.arguments])
 
-# %% ../nbs/00_script.ipynb #53d9c5a0
+# %% ../nbs/00_script.ipynb #feed1d72
 class JitStep:
     "A step function compiled by TorchScript, with its signature, documentation and name, which pickles and deep-copies"
     def __init__(self,
         fn:Callable, # Step function over lists of tensors, annotated as in the table above, or a `torch.jit.ScriptFunction`
         elementwise:bool=False, # No element's result depends on another element, so tensors may be handed over in pieces?
-        check:Callable=None # Called with the scalars by name before a step, to raise where it could not be taken
+        check:Callable=None, # Called with the scalars by name before a step, to raise where it could not be taken
+        in_place:Callable=None # Called likewise: will the step allocate nothing, so that it need not be cut into batches?
     ):
         update_wrapper(self, fn)
-        self.fn,self.elementwise,self.check,self.__signature__ = fn,elementwise,check,_signature(fn)
+        self.fn,self.elementwise,self.check,self.in_place,self.__signature__ = fn,elementwise,check,in_place,_signature(fn)
         self.__name__ = self.__qualname__ = fn.name if isinstance(fn, torch.jit.ScriptFunction) else fn.__qualname__
         self._read(list(self.__signature__.parameters.values()))
 
@@ -101,15 +102,16 @@ class JitStep:
     def __reduce__(self): return self.__qualname__  # pickled by name, as functions are; `deepcopy` then shares it
     def __repr__(self): return f'<step {self.__module__}.{self.__qualname__}{self.__signature__}>'
 
-# %% ../nbs/00_script.ipynb #bdea58c4
+# %% ../nbs/00_script.ipynb #ba5b7f25
 def jit_step(
     fn:Callable=None, # Step function to compile; `None` if used as a decorator with arguments
     elementwise:bool=False, # No element's result depends on another element, so tensors may be handed over in pieces?
-    check:Callable=None # Called with the scalars by name before a step, to raise where it could not be taken
+    check:Callable=None, # Called with the scalars by name before a step, to raise where it could not be taken
+    in_place:Callable=None # Called likewise: will the step allocate nothing, so that it need not be cut into batches?
 ) -> JitStep:
     "Compile a step function, as a decorator: `@jit_step` or `@jit_step(elementwise=True)`; raises `TypeError` if its signature cannot be matched"
-    if fn is None: return lambda f: jit_step(f, elementwise, check)
-    return fn if isinstance(fn, JitStep) else JitStep(fn, elementwise, check)
+    if fn is None: return lambda f: jit_step(f, elementwise, check, in_place)
+    return fn if isinstance(fn, JitStep) else JitStep(fn, elementwise, check, in_place)
 
 # %% ../nbs/00_script.ipynb #5ad9b5e5
 @cache

@@ -17,8 +17,8 @@ from .fragments import average_grad,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
-# %% ../nbs/10_sgd.ipynb #764122d9
-@jit_step(elementwise=True)
+# %% ../nbs/10_sgd.ipynb #d293ac5a
+@jit_step(elementwise=True, in_place=lambda fused,mom,decouple_wd,**_: fused and (mom!=0 or decouple_wd))
 def sgd_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients
