@@ -50,7 +50,7 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #a7c1ec18
+# %% ../nbs/03_optimizer.ipynb #a52dc3cf
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
 class _Plan:
@@ -80,7 +80,7 @@ class _Plan:
             buckets.setdefault((*key,p.dtype,p.device,mesh,relay and 1 + relaid//_plan.batch_size), Bucket(*key, [])).slots.append(slot)
         self.layout,self.buckets = self._layout(grads),list(buckets.values())
         for b in self.buckets:
-            make_batches(b, opt.opt_step.elementwise)
+            make_batches(b, opt.opt_step.elementwise, 'flat' in opt.opt_step.args)
             tensors = [s.param for s in b.slots],*map(list, zip(*[s.state for s in b.slots]))
             b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in tensors]
             if opt.opt_step.in_place and len(b.lists[0]) > 1: b.uncut = [opt.opt_step.hold(b.nest(ts, True)) for ts in tensors]

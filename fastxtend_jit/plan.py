@@ -48,7 +48,7 @@ def flat(
     "`t` as it lies in memory, one-dimensional, sharing storage"
     return t.as_strided((t.numel(),), (1,))
 
-# %% ../nbs/02_plan.ipynb #427df0af
+# %% ../nbs/02_plan.ipynb #5432e989
 @dataclass(slots=True)
 class Slot:
     "One parameter that takes a step: where it is, its tensors, and whether its gradient lies like it"
@@ -73,6 +73,7 @@ class Bucket:
     lists:list=None # Parameters, then each state, as the step takes them
     uncut:list=None # The same in one batch, for a step that allocates nothing
     whole:bool=False # Was the last step taken in one batch?
+    views:bool=False # Does the step get them one-dimensional, as they lie in memory?
 
     def nest(self,
         ts:list, # A tensor for each slot
@@ -80,6 +81,7 @@ class Bucket:
     ) -> list:
         "`ts` as lists of batches"
         if self.shards: ts = [*map(local, ts)]
+        if self.views: ts = [*map(flat, ts)]
         if whole: return [ts[:self.batches[-1][1]]]
         res = []
         for a,b,piece in self.batches: res += [[t] for t in flat(ts[a]).split(piece)] if piece else [ts[a:b]]
@@ -91,21 +93,24 @@ class Bucket:
         "Gradients as lists of batches, or in one if `whole`, laid out like the parameters"
         return self.nest([torch.empty_like(s.param).copy_(gs[s.i]) if s.relay else gs[s.i] for s in self.slots], self.whole)
 
-# %% ../nbs/02_plan.ipynb #9bfaf780
+# %% ../nbs/02_plan.ipynb #183af4f6
 batch_size = 2**21  # elements in a batch on a CPU
 small_size = 2**12  # elements up to which one thread is faster than two
 
 def make_batches(
     bucket:Bucket, # Bucket, whose slots are put in order, and whose batches are set
-    elementwise:bool # May tensors be cut into pieces?
+    elementwise:bool, # May tensors be cut into pieces?
+    shapeless:bool=False # Does the step not care for shapes either?
 ):
     "Small tensors together, then the large ones, in pieces or each by itself"
     cut = batch_size if elementwise else batch_size//8
-    size = lambda s: (local(s.param) if bucket.shards else s.param).numel()
+    tensor = lambda s: local(s.param) if bucket.shards else s.param
+    size = lambda s: tensor(s).numel()
     # a shard without elements comes last, and is in no batch: its steps are counted, as they are in other processes
     bucket.slots.sort(key=lambda s: (size(s) == 0, bucket.flat and size(s) > cut))
     full = [s for s in bucket.slots if size(s)]
     if not bucket.flat: bucket.batches = [(0, len(full), 0)] if full else []; return
+    bucket.views = (elementwise or shapeless) and not all(tensor(s).is_contiguous() for s in full)
     bucket.batches,n = [],0
     for i,s in enumerate(full):
         m = size(s)

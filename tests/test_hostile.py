@@ -8,6 +8,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from fastxtend_jit import optimizer,plan
+from fastxtend_jit.bench import peak_memory
 from tests.cases import *
 
 cases,eight = [pytest.mark.parametrize('case', cs, ids=str) for cs in (CASES,EIGHT)]
@@ -191,3 +192,14 @@ def test_scratch(case, relay, monkeypatch):
             peak = max(peak, now)
         if i == 0: peak -= now  # state
         assert peak <= 8*2**13*4, f'{peak/2**15} batches at step {i}'
+
+@cases
+def test_channels_last(case):
+    "Tensors in `channels_last` format cost no more memory than others: ATen's fused kernels, given such a gradient, would copy it"
+    def peak(fmt):
+        ps = [nn.Parameter(torch.randn(32,16,3,3).to(memory_format=fmt)) for _ in range(5)]
+        opt = case.make(ps, True)
+        for p in ps: p.grad = torch.randn_like(p)
+        for _ in range(6): opt.step()  # RAdam rectifies, Lookahead looks ahead
+        return [peak_memory(opt.step) for _ in range(6)]
+    assert peak(torch.channels_last) == peak(torch.contiguous_format)
