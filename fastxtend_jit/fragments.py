@@ -8,15 +8,16 @@ Docs: https://fastxtend.github.io/fastxtend_jit/fragments.html.md"""
 __all__ = ['scale_', 'weight_decay', 'average_grad', 'average_sqr_grad', 'debias', 'can_debias', 'has_fused', 'fused_adam',
            'adam_update', 'rectify', 'radam', 'norms', 'lookahead']
 
-# %% ../nbs/01_fragments.ipynb #a1c9072e
+# %% ../nbs/01_fragments.ipynb #a562d3d9
 import math
 from functools import cache
 from typing import List
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-# %% ../nbs/01_fragments.ipynb #dd1c2764
+# %% ../nbs/01_fragments.ipynb #4b92ec07
 def scale_(
     xs:List[Tensor], # Tensors, multiplied in place
     by:float # Factor
@@ -24,7 +25,7 @@ def scale_(
     "Multiply by a number, in the precision of the arithmetic and not of the tensors"
     x = xs[0]
     if not x.is_cpu: torch._foreach_mul_(xs, by); return
-    torch._foreach_mul_(xs, torch.full([], by, dtype=x.dtype if x.dtype == torch.float32 else torch.float64))
+    torch._foreach_mul_(xs, torch.full([], by, dtype=x.dtype if x.dtype == torch.float32 else torch.float64, device=x.device))
 
 # %% ../nbs/01_fragments.ipynb #952753b2
 def weight_decay(
@@ -77,20 +78,21 @@ def can_debias(
     "Raise if a step with two debiased averages could not be taken: a `check` for `jit_step`"
     for m in (mom,sqr_mom): debias(m, 1)
 
-# %% ../nbs/01_fragments.ipynb #a15e0faf
+# %% ../nbs/01_fragments.ipynb #f4622116
 @cache
+@_disable_current_modes()  # or `cache` would keep what a mode made of the trial that only pretends to compute
 def has_fused(
     device_type:str, # As `torch.device.type`
     dtype:torch.dtype # Of parameters, gradients and state
 ) -> bool:
     "Whether ATen's fused optimizer kernels run here on this type of device and dtype, found by trying them once"
     if device_type not in ('cpu','cuda'): return False  # Apple's `mps` has such kernels, but nobody has tried these identities there
-    p,g,m = (torch.full([100], x, dtype=dtype, device=device_type) for x in (0.,1.,0.))
-    step = torch.ones(1, device=device_type)
     try:
+        p,g,m = (torch.full([100], x, dtype=dtype, device=device_type) for x in (0.,1.,0.))
+        step = torch.ones(1, device=device_type)
         torch._fused_adamw_([p], [m], [m], [m], [], [step], lr=0., beta1=0., beta2=0., weight_decay=0., eps=1., amsgrad=False, maximize=False)
         torch._fused_sgd_([p], [g], [m], weight_decay=0., momentum=0.5, lr=1., dampening=0., nesterov=False, maximize=False, is_first_step=False)
-    except (RuntimeError,AttributeError,NotImplementedError): return False
+    except (RuntimeError,AttributeError,AssertionError): return False
     # on a CPU, PyTorch before 2.15 has an SGD kernel for half precision that computes wrong numbers
     return device_type != 'cpu' or bool((p == -1).all() and (m == 1).all())
 

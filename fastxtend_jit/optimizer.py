@@ -29,16 +29,18 @@ with warnings.catch_warnings():  # fastai scripts a layer of its own while it is
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #056ba4fd
+# %% ../nbs/03_optimizer.ipynb #413feeea
 def _check_grad(p, g, where):
     "Raise if a step cannot use gradient `g` of parameter `p`"
     if g.layout != torch.strided:
         raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which compiled steps do not take: make it dense, for an embedding by `sparse=False`.")
     if p.is_complex() or g.is_complex():
         raise TypeError(f"{where} or its gradient is complex, which compiled steps do not take: optimize `torch.view_as_real` of it.")
+    if not p.is_floating_point() or p.dtype.itemsize == 1:
+        raise TypeError(f"{where} is of {p.dtype}, with which no step can be computed: keep it in floating point of 16 bits or more, or give it no gradient.")
     for a in ('shape','dtype','device','device_mesh'):
         if getattr(p, a, None) != getattr(g, a, None):
-            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}: compute it again after changing the parameter.")
+            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}. They have to be alike: compute it again after changing the parameter.")
     if is_plain(p) and torch._debug_has_internal_overlap(p) == 1:
         raise ValueError(f"Elements of {where} share memory (strides {p.stride()}): pass the tensor it was expanded from.")
 
@@ -50,24 +52,29 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #a52dc3cf
+# %% ../nbs/03_optimizer.ipynb #315b851b
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
+
+def _data(p): return p.data if is_plain(p) or local(p) is not p else p
 
 class _Plan:
     "Buckets of the parameters that have a gradient, and what they were made from"
     def __init__(self, opt, params, grads):
-        self.params,self.plain,self.sharded = params,[p for p in params if is_plain(p)],[p for p in params if local(p) is not p]
-        self.new,self.rest,self.contents = [],[],None
-        buckets,seen,relaid = {},set(),0
-        many_small = sum(local(p).numel() <= _plan.small_size for p in params) > 20  # a call for them alone is worth its time
+        self.params,self.new,self.rest,self.contents = params,[],[],None
+        buckets,seen,relaid = {},{},0
+        used = [p for p,g in zip(params, grads) if g is not None]
+        many_small = sum(local(p).numel() <= _plan.small_size for p in used) > 20  # a call for them alone is worth its time
         where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
         for i,(p,g,st) in enumerate(zip(params, grads, map(opt.state.__getitem__, params))):
             if g is None or p.numel() == 0: self.rest.append(i); continue
             gi,j = where[i]
             name = f'parameter {j} of group {gi} (shape {tuple(p.shape)})'
             _check_grad(p, g, name)
-            if id(p) in seen: raise ValueError(f"{name} stands in the parameter groups twice: it would take two steps at once. Give it to one group only.")
-            seen.add(id(p))
+            twin,at = seen.get(id(p)),is_plain(p) and p.data_ptr()
+            if twin: raise ValueError(f"{name} stands in the parameter groups twice: it would take two steps at once. Give it to one group only.")
+            if at and at in seen: raise ValueError(f"{name} shares its memory with {seen[at]}: one would undo the other's step. Tie parameters by giving both modules the same one.")
+            seen[id(p)] = seen[at] = name
+            if type(st.get('step', 0)) is not int: raise TypeError(f"The state `step` of {name} has to be a whole number, but is {st['step']!r}.")
             mesh,dense = getattr(p, 'device_mesh', None),is_dense(local(p))
             shards = mesh is not None and opt.opt_step.elementwise
             fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
@@ -78,19 +85,22 @@ class _Plan:
             slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)
             key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,small,shards
             buckets.setdefault((*key,p.dtype,p.device,mesh,relay and 1 + relaid//_plan.batch_size), Bucket(*key, [])).slots.append(slot)
-        self.layout,self.buckets = self._layout(grads),list(buckets.values())
+        self.buckets = list(buckets.values())
+        tensors = [*used, *(t for b in self.buckets for s in b.slots for t in s.state)]
+        self.plain,self.plain_state,self.odd = [p for p in used if is_plain(p)],[t for t in tensors[len(used):] if is_plain(t)],[t for t in tensors if not is_plain(t)]
+        self.layout = self._layout(grads)
         for b in self.buckets:
             make_batches(b, opt.opt_step.elementwise, 'flat' in opt.opt_step.args)
-            tensors = [s.param for s in b.slots],*map(list, zip(*[s.state for s in b.slots]))
+            tensors = [_data(s.param) for s in b.slots],*map(list, zip(*[s.state for s in b.slots]))
             b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in tensors]
             if opt.opt_step.in_place and len(b.lists[0]) > 1: b.uncut = [opt.opt_step.hold(b.nest(ts, True)) for ts in tensors]
 
     def _layout(self, grads):
-        "Where parameters lie, and how they and their gradients do; a parameter has its gradient's dtype"
-        gs = [g for g in grads if g is not None]
-        return ([p.data_ptr() for p in self.plain], [p.stride() for p in self.params], [g is None for g in grads],
-                [g.stride() for g in gs], [g.numel() for g in gs], [g.dtype for g in gs],
-                [(local(p).data_ptr(), getattr(p.grad, 'placements', None)) for p in self.sharded])
+        "Where parameters and state lie, and how they and gradients do; a parameter has its gradient's dtype"
+        gs,every = [g for g in grads if g is not None],lambda f,ts: [*map(f, ts)]
+        return (every(Tensor.data_ptr, self.plain), every(Tensor.stride, self.plain), every(Tensor.numel, self.plain), every(Tensor.data_ptr, self.plain_state),
+                [g is None for g in grads], every(Tensor.stride, gs), every(Tensor.numel, gs), [g.dtype for g in gs],
+                [(t.shape, t.stride(), t is local(t) or local(t).data_ptr(), getattr(t, 'placements', None), getattr(t.grad, 'placements', None)) for t in self.odd])
 
     def _tensor(self, opt, i, st, name, where, dense):
         "State `name` of the parameter at `i`: the one there is, laid out like the parameter, or zeros"
@@ -170,7 +180,7 @@ class JitOptimizer(Optimizer):
     def _set_state(self, i, st, name, t): st[name] = t
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
-# %% ../nbs/03_optimizer.ipynb #eec183d4
+# %% ../nbs/03_optimizer.ipynb #b620c116
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
     "The step's scalar arguments for `bucket`"
@@ -187,6 +197,7 @@ def _read_scalars(self:JitOptimizer, bucket):
 @patch
 def _get_plan(self:JitOptimizer):
     "The plan for the gradients as they are, and these gradients; raises if a step could not be taken"
+    if len(self.param_lists) != len(self.hypers): raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: make a new optimizer to add a group.")
     params = [*chain.from_iterable(self.param_lists)]
     grads = [p.grad for p in params]
     if self._plan is None or not self._plan.holds(self, params, grads): self._plan = _Plan(self, params, grads)
@@ -203,16 +214,18 @@ def step(self:JitOptimizer,
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: compute the loss and gradients, then call `step()`.")
     plan,grads = self._get_plan()
     scalars = [self._read_scalars(b) for b in plan.buckets]
-    if self.opt_step.check:
-        for values in scalars: self.opt_step.check(**dict(zip(self._scalars, values)))
+    for b,values in zip(plan.buckets, scalars):
+        named = dict(zip(self._scalars, values))
+        if self.opt_step.check: self.opt_step.check(**named)
+        b.whole = b.uncut is not None and bool(self.opt_step.in_place(**named))
     plan.commit(self)
     run = self.opt_step.over(self.state_names)
     threads = torch.get_num_threads()
     for b,values in zip(plan.buckets, scalars):
-        if alone := b.small and _openmp and threads > 1: torch.set_num_threads(1)
-        b.whole = b.uncut is not None and self.opt_step.in_place(**dict(zip(self._scalars, values)))
         lists = b.uncut if b.whole else b.lists
-        try: run(lists[0], b.grads(grads), *lists[1:], *values)
+        args = lists[0],b.grads(grads),*lists[1:],*values
+        if alone := b.small and _openmp and threads > 1: torch.set_num_threads(1)
+        try: run(*args)
         finally:
             if alone: torch.set_num_threads(threads)
     plan.count(self)
@@ -278,7 +291,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #41e33292
+# %% ../nbs/03_optimizer.ipynb #c50cac9f
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -297,7 +310,7 @@ class JitLookahead(JitOptimizer):
         super().__init__(params, opt_step, decouple_wd, **defaults)
         self._init_state()
 
-    def _init_state(self): self.count,self.slow_weights = 0,None
+    def _init_state(self): self.count,self.slow_weights,self._slow = 0,None,[]
     def _contents(self): return [*self._slow, *super()._contents()]
     def _values(self, bucket): return {**super()._values(bucket), 'alpha': self.alpha, 'lookahead': self._is_kth()}
     def _is_kth(self): return (self.count+1) % self.k == 0
@@ -313,7 +326,10 @@ class JitLookahead(JitOptimizer):
             raise ValueError(f"There are slow weights for groups of {[*map(len, self.slow_weights)]} parameters, but the groups have {[*map(len, self.param_lists)]}: "
                              "call `clear_state()` after changing `param_lists`.")
         self._slow = [s for pg in self.slow_weights for s in pg]
-        return super()._get_plan()
+        plan,grads = super()._get_plan()
+        if self._is_kth():
+            for i in plan.rest: _check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} of all')
+        return plan,grads
 
     @torch.no_grad()
     def step(self,

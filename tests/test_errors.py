@@ -4,9 +4,12 @@ from typing import List,Optional
 
 import pytest
 import torch
+from fastcore.foundation import L
 from torch import Tensor,nn
 from torch.utils._pytree import tree_flatten
 
+from fastxtend_jit import plan
+from fastxtend_jit.script import jit_step
 from tests.cases import *
 
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
@@ -75,6 +78,8 @@ LAST = 'parameter 1 of group 1'
 BAD = dict(  # what breaks the last parameter, the error, and what its message has to say
     sparse        = (sparse,                                                       TypeError,  [LAST, 'sparse', 'make it dense']),
     complex       = (lambda opt,p: replace(p, p.data+0j),                          TypeError,  [LAST, 'complex', 'view_as_real']),
+    integer       = (lambda opt,p: replace(p.requires_grad_(False), p.data.int()),  TypeError,  [LAST, 'torch.int32', 'floating point']),
+    float8        = (lambda opt,p: replace(p, p.data.to(torch.float8_e5m2)),       TypeError,  [LAST, 'torch.float8_e5m2', 'floating point']),
     grad_dtype    = (lambda opt,p: replace(p, p.data.double()),                    ValueError, [LAST, 'torch.float32', 'torch.float64', 'compute it again']),
     grad_shape    = (lambda opt,p: replace(p, torch.ones(2,2)),                    ValueError, [LAST, '[4]', '[2, 2]', 'compute it again']),
     expanded      = (lambda opt,p: replace(p, torch.ones(1).expand(4)),            ValueError, [LAST, 'share memory', 'expanded from']),
@@ -82,6 +87,7 @@ BAD = dict(  # what breaks the last parameter, the error, and what its message h
     state_dtype   = (lambda opt,p: put(opt.state[p], 'grad_avg', torch.ones(4).double()), ValueError, [LAST, 'grad_avg', 'torch.float64', 'clear_state()']),
     state_device  = (lambda opt,p: put(opt.state[p], 'grad_avg', torch.ones(4, device='meta')), ValueError, [LAST, 'grad_avg', 'meta', 'cpu', 'clear_state()']),
     state_type    = (lambda opt,p: put(opt.state[p], 'grad_avg', 3.),              TypeError,  [LAST, 'grad_avg', 'float', 'clear_state()']),
+    state_step    = (lambda opt,p: put(opt.state[p], 'step', 1.),                  TypeError,  [LAST, '`step`', 'whole number', '1.0']),
     no_hyper      = (no_lr,                                                        ValueError, ['`lr`', 'group 1', "set_hyper('lr'"]),
     odd_hyper     = (lambda opt,p: put(opt.hypers[1], 'lr', [0.1]),                TypeError,  ['`lr`', 'group 1', 'number', '[0.1]']),
     none_hyper    = (lambda opt,p: put(opt.hypers[1], 'mom', None),                TypeError,  ['`mom`', 'group 1', 'number', 'None']),
@@ -135,6 +141,61 @@ def test_duplicate(case):
     before = snapshot(opt)
     with pytest.raises(ValueError, match='parameter 0 of group 1 .*twice.*one group only'): opt.step()
     same(snapshot(opt), before)
+
+@eight
+def test_shared_memory(case):
+    "Two parameters in one place: fastai lets each take its step there in turn"
+    p,q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = case.make([[p],[q]], True)
+    for i in range(2):
+        new_grads([opt], i)
+        if i: q.data = p.data[:2]; q.grad = torch.ones(2)
+        before = snapshot(opt)
+        if not i: opt.step(); continue
+        with pytest.raises(ValueError, match='parameter 0 of group 1 .*shares its memory with parameter 0 of group 0.*the same one'): opt.step()
+        same(snapshot(opt), before)
+
+@eight
+def test_other_size_in_place(case):
+    "A parameter that became a smaller or larger part of the same memory, with its old gradient"
+    memory = torch.ones(4,3)
+    p = nn.Parameter(memory[:2])
+    opt = case.make([p], True)
+    p.grad = torch.ones(2,3)
+    opt.step()
+    for t in (memory,memory[:1]):
+        p.data = t
+        before = memory.clone()
+        with pytest.raises(ValueError, match=r'gradient of parameter 0 of group 0 .*\[2, 3\]'): opt.step()
+        assert torch.equal(memory, before)
+
+@eight
+def test_new_group(case):
+    opt,_ = twins(case, 1)
+    opt.param_lists.append(L([nn.Parameter(torch.ones(2))]))
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match='3 parameter groups, but hypers for 2.*new optimizer|slow weights for groups of'): opt.step()
+    same(snapshot(opt), before)
+
+def test_frozen_lookahead():
+    "Slow weights that do not fit a parameter which takes no step, but a lookahead"
+    opt,_ = twins(EIGHT[-1], 5)
+    p = opt.param_lists[1][1]
+    p.grad,p.data = None,torch.ones(2,2)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match='`slow_weights` of parameter 3'): opt.step()
+    same(snapshot(opt), before)
+
+def divided(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-1/lr)
+def test_in_place_raises(monkeypatch):
+    "What a step says of its memory is asked for all groups before the first is written to"
+    monkeypatch.setattr(plan, 'batch_size', 100)
+    opt = JitOptimizer([[nn.Parameter(torch.ones(10)) for _ in range(30)] for _ in range(2)], jit_step(divided, elementwise=True, in_place=lambda lr: 1/lr > 0), lr=[0.1,0.])
+    new_grads([opt], 0)
+    before,threads = snapshot(opt),torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError): opt.step()
+    same(snapshot(opt), before)
+    assert torch.get_num_threads() == threads
 
 @eight
 def test_empty_parameter(case):

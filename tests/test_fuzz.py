@@ -142,6 +142,15 @@ class Game(RuleBasedStateMachine):
         "`param.data` moves to new memory in any layout, with the same values or others"
         for _,p in self.each(i): p.data = lay(p.data*factor, how)
 
+    @rule(i=index, how=pick(LAYOUTS), factor=pick([1.,0.5]))
+    def new_state_data(self, i, how, factor):
+        "The same for averages and slow weights"
+        for opt,p in self.each(i):
+            for t in opt.state[p].values():
+                if isinstance(t, torch.Tensor) and t.shape == p.shape: t.data = lay(t*factor, how)
+        for opt in self.opts:
+            for pg in getattr(opt, 'slow_weights', None) or []: [setattr(t, 'data', lay(t, how)) for t in pg]
+
     @rule(i=index, factor=pick([0.,0.5]))
     def edit(self, i, factor):
         with torch.no_grad(): [p.mul_(factor) for _,p in self.each(i)]
