@@ -49,7 +49,7 @@ def _signature(fn):
     return inspect.Signature([inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=types.get(str(a.type), str(a.type)),
         default=inspect.Parameter.empty if a.default_value is None else a.default_value) for a in fn.schema.arguments])
 
-# %% ../nbs/00_script.ipynb #feed1d72
+# %% ../nbs/00_script.ipynb #4c51892d
 class JitStep:
     "A step function compiled by TorchScript, with its signature, documentation and name, which pickles and deep-copies"
     def __init__(self,
@@ -99,7 +99,10 @@ class JitStep:
     def code(self): "The step as TorchScript understood it, in Python's syntax"; return self.compiled.code
     # With `__get__`, `help` and `inspect` take a step for the routine that it is, and it makes no method of itself in a class
     def __get__(self, obj, cls=None): return self
-    def __reduce__(self): return self.__qualname__  # pickled by name, as functions are; `deepcopy` then shares it
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self):  # by name, as functions are pickled, unless the name stands for the function that this one compiles
+        named = getattr(sys.modules.get(self.__module__), self.__qualname__, None)
+        return (jit_step, (self.fn,self.elementwise,self.check,self.in_place)) if named is self.fn else self.__qualname__
     def __repr__(self): return f'<step {self.__module__}.{self.__qualname__}{self.__signature__}>'
 
 # %% ../nbs/00_script.ipynb #ba5b7f25

@@ -203,3 +203,46 @@ def test_channels_last(case):
         for _ in range(6): opt.step()  # RAdam rectifies, Lookahead looks ahead
         return [peak_memory(opt.step) for _ in range(6)]
     assert peak(torch.channels_last) == peak(torch.contiguous_format)
+
+@eight
+def test_kept_graph(case):
+    "Autograd does not count what a step writes, as in fastai: a graph that was kept runs backward again. And PyTorch may swap parameters"
+    def train(jit):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3,4), nn.Tanh(), nn.Linear(4,2)).double()
+        opt = case.make([*model.parameters()], jit)
+        for _ in range(4):
+            loss = model(torch.randn(5, 3, dtype=torch.float64)).square().sum()
+            for _ in range(2): loss.backward(retain_graph=True); opt.step()
+            opt.zero_grad()
+        return model
+    theirs,ours = train(False),train(True)
+    for p,q in zip(theirs.parameters(), ours.parameters()): close(q, p, 1e-11)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try: assert ours.float()[0].weight.dtype == torch.float32
+    finally: torch.__future__.set_swap_module_params_on_conversion(False)
+
+@pytest.mark.parametrize('case', EIGHT[:-1], ids=str)  # fastai's Lookahead cannot clone these either
+def test_frozen_oddities(case):
+    "A parameter without gradient may be of any kind"
+    p = nn.Parameter(torch.ones(3))
+    opt = case.make([nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False), nn.LazyLinear(3).weight, p], True)
+    for _ in range(2): p.grad = torch.ones(3); opt.step()
+    assert (p < 1).all()
+
+@eight
+def test_default_device(case):
+    "A default device does not take parameters elsewhere"
+    def train(device):
+        torch.manual_seed(0)
+        ps = [nn.Parameter(torch.randn(s)) for s in ((3,4),(5,))]
+        opt = case.make(ps, True)
+        for _ in range(7):
+            for p in ps: p.grad = torch.randn_like(p)
+            with torch.device(device): opt.step()
+        return ps
+    for compiled in (True,False):
+        step = globals()[f'{case.jit.__name__}_step']
+        with pytest.MonkeyPatch.context() as mp:
+            if not compiled: mp.setitem(vars(step), 'compiled', step.fn)
+            assert all(map(torch.equal, train('meta'), train('cpu')))

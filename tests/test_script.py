@@ -129,5 +129,8 @@ def test_own_step(own, monkeypatch):
         close(p, r, 1e-11)
         close(opt.state[p]['grad_avg'], m, 1e-11)
         assert opt.state[p].keys() == {'grad_avg', *['do_wd']*(n==1)}
+    if own == 'plain':
+        loaded,ps = pickle.loads(pickle.dumps((opt, ps)))
+        assert loaded.opt_step.fn is lion_step and {*loaded.state} == {*ps}
     opt = copy.deepcopy(opt)
     opt.clear_state()
