@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TIMEFORMAT := -- took %R s
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz readme dist clean
+.PHONY: help demo test bench fuzz readme dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
@@ -30,6 +30,9 @@ demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, 
 test: $(VENV)/.dev ## run the notebooks and the tests: optimizers, the demo in a small setting, whether all is in step
 	time OMP_NUM_THREADS=1 nbdev-test --timing
 	time OMP_NUM_THREADS=1 python -m pytest tests -q -n 2 --dist worksteal --durations=10
+
+bench: $(VENV)/.demo ## measure every optimizer beside fastai's and torch.optim's, some minutes
+	$(BIN)/python -m fastxtend_jit.bench
 
 fuzz: $(VENV)/.dev ## look for differences from fastai for longer: FASTXTEND_FUZZ=examples
 	FASTXTEND_FUZZ=$${FASTXTEND_FUZZ:-2000} python -m pytest tests/test_fuzz.py -q

@@ -59,7 +59,7 @@ models = {
     'vit_b_16':   (_vit,        partial(_images, 1, 224)),
 }
 
-# %% ../nbs/30_bench.ipynb #b6c77466
+# %% ../nbs/30_bench.ipynb #74921b2c
 _lr,_wd = 1e-6,0.01
 
 @dataclass
@@ -72,9 +72,16 @@ class Row:
     optimi:tuple=None # Name and arguments of the one in optimi
     warmup:int=3 # Steps before the first that is timed
 
-    def make(self, params, ours): return (self.jit if ours else self.native)(params, lr=_lr, **{'wd':_wd, **self.kw})
+    def make(self,
+        params:list, # Parameters
+        ours:bool # Ours, or fastai's?
+    ):
+        "The optimizer over `params`"
+        return (self.jit if ours else self.native)(params, lr=_lr, **{'wd':_wd, **self.kw})
 
-    def contestants(self, params) -> dict:
+    def contestants(self,
+        params:list # Parameters
+    ) -> dict:
         "Optimizers over `params`, by name"
         makers = {}
         if self.torch:
@@ -284,7 +291,7 @@ def time_training(
     with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=turns)
     return {n: 1000*np.median(ts[2:]) for n,ts in turns.times.items()}
 
-# %% ../nbs/30_bench.ipynb #e8aa8cbc
+# %% ../nbs/30_bench.ipynb #094a0a10
 def _small(n):
     "`n` parameters of 64 elements, with gradients"
     ps = [nn.Parameter(torch.empty(64)) for _ in range(n)]
@@ -321,9 +328,12 @@ def time_engine(
     small,ps = [*models['many_small'][0]().parameters()],_small(1000)
     _fill(small)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the engine does for small tensors, and the bare step would not
     for name,xs in (('many_small',small),('1,000 tensors',ps)):
         t = us(whole=step(xs), bare=bare(xs))
         add(f'engine overhead a parameter, {name}, µs', (t['whole']-t['bare'])/len(xs), 1.5)
+    torch.set_num_threads(threads)
 
     ns = 10,100,1000,10_000
     t = us(**{str(n): step(_small(n)) for n in ns})
@@ -341,7 +351,7 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', np.median([import_time() for _ in range(3)]), 1.5)
     return pd.DataFrame(res)
 
-# %% ../nbs/30_bench.ipynb #5984ac4c
+# %% ../nbs/30_bench.ipynb #c5f19685
 def _gmean(xs): return float(np.exp(np.mean(np.log(xs))))
 
 def markdown(
@@ -379,7 +389,8 @@ class Report:
         "Write tables as CSV, the machine as JSON and the chart as PNG into `folder`"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for n in _parts: getattr(self, n).to_csv(folder/f'{n}.csv', index=False, float_format='%.6g')
+        for n in _parts:
+            if len(getattr(self, n)): getattr(self, n).to_csv(folder/f'{n}.csv', index=False, float_format='%.6g')
         (folder/'machine.json').write_text(json.dumps(self.machine, indent=1)+'\n')
         if len(self.cells): self.plot().savefig(folder/'speed.png', dpi=110, bbox_inches='tight')
 
@@ -389,8 +400,8 @@ class Report:
     ):
         "The report that was saved in `folder`"
         def read(n):
-            try: return pd.read_csv(Path(folder)/f'{n}.csv')
-            except pd.errors.EmptyDataError: return pd.DataFrame()
+            path = Path(folder)/f'{n}.csv'
+            return pd.read_csv(path) if path.exists() else pd.DataFrame()
         return cls(*map(read, _parts), json.loads((Path(folder)/'machine.json').read_text()))
 
     def where(self) -> str:
@@ -453,7 +464,7 @@ class Report:
         t = self.table()
         t['torch'] = t.vs_fastai/t.vs_torch  # `torch.optim` against fastai
         names,opts = t.index.unique('model'),t.index.unique('optimizer')
-        low,top = min(1, t.vs_fastai.min()),t[['vs_fastai','torch']].max().max()
+        low,top = min(1, t[['vs_fastai','torch']].min().min()),t[['vs_fastai','torch']].max().max()
         fig = Figure(figsize=(3+2.2*len(names), 2+0.34*len(opts)), layout='constrained')
         axs = fig.subplots(1, len(names), sharey=True, sharex=True, squeeze=False)[0]
         for ax,m in zip(axs, names):

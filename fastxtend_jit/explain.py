@@ -56,7 +56,7 @@ def _rehearse(
     with _Rehearsal() as r: o.step()
     return r,plan
 
-# %% ../nbs/21_explain.ipynb #77849983
+# %% ../nbs/21_explain.ipynb #afccf2cc
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
 
 def _why(opt, bucket, ids, path):
@@ -78,7 +78,7 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
     plan = self._plan and _rehearse(self)[1]
     if not (plan and plan.buckets):
         raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` after `backward()`. The same holds after "
-                           "`clear_state` (which `freeze` calls), after loading or copying the optimizer, and while all gradients are `None`.")
+                           "`clear_state` (which `freeze` calls), after `to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
     rows = []
     for b in plan.buckets:
         ps = [s.param for s in b.slots]

@@ -51,13 +51,13 @@ def larc_jit_step(
     if grad_avg is not None: average_grad(grad_avg, grads, mom)
     torch._foreach_addcmul_(params, grads if grad_avg is None else grad_avg, lrs, -1.)
 
-# %% ../nbs/15_larc.ipynb #5b34def4
+# %% ../nbs/15_larc.ipynb #a4e6b302
 def larc_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate
     mom:float=0.9, # Gradient moving average (β1) coefficient
     clip:bool=True, # LARC if clip=True, LARS if clip=False
-    trust_coeff:float=0.02, # Trust coeffiecnet for calculating layerwise LR
+    trust_coeff:float=0.02, # Trust coefficient for calculating layerwise LR
     eps:float=1e-8, # Added for numerical stability
     wd:float=0., # Optional weight decay (true or L2)
     decouple_wd:bool=True # Apply true weight decay or L2 regularization

@@ -7,7 +7,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/learner.html.md"""
 # %% auto #0
 __all__ = ['jit_opt']
 
-# %% ../nbs/20_learner.ipynb #a01b66f5
+# %% ../nbs/20_learner.ipynb #c392b466
 import inspect,itertools,time
 from copy import deepcopy
 from functools import cache,partial
@@ -26,6 +26,7 @@ from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,ranger
 from fastai.torch_core import get_random_states,set_random_states,to_cpu
 
 from .optimizer import JitOptimizer
+from .script import JitStep
 from .sgd import sgd_jit
 from .rmsprop import rmsprop_jit
 from .adam import adam_jit
@@ -35,11 +36,11 @@ from .larc import larc_jit
 from .lamb import lamb_jit
 from .ranger import ranger_jit
 
-# %% ../nbs/20_learner.ipynb #27658943
+# %% ../nbs/20_learner.ipynb #425637c0
 _pairs = [(SGD,sgd_jit), (RMSProp,rmsprop_jit), (Adam,adam_jit), (RAdam,radam_jit), (QHAdam,qhadam_jit), (Larc,larc_jit), (Lamb,lamb_jit), (ranger,ranger_jit)]
 
 def _no_counterpart(what):
-    raise TypeError(f"{what} has no counterpart here. These have: {', '.join(f'{n.__name__} ({j.__name__})' for n,j in _pairs)}, and `partial`s of them.") from None
+    raise TypeError(f"{what} has no counterpart here. These factories have: {', '.join(f'{n.__name__} ({j.__name__})' for n,j in _pairs)}, and `partial`s of them.") from None
 
 def _counterpart(f, jit):
     "What `f` is called among ours, if `jit`, or among fastai's; itself if it is there already"
@@ -48,7 +49,7 @@ def _counterpart(f, jit):
         return f if g is f.func else partial(g, *f.args, **f.keywords)
     for pair in _pairs:
         if any(f is o for o in pair): return pair[jit]
-    _no_counterpart(f"Optimizer `{getattr(f, '__name__', f)}`")
+    _no_counterpart(f"{f!r}, which is not a factory," if not callable(f) or isinstance(f, JitStep) else f"Optimizer `{getattr(f, '__name__', f)}`")
 
 def jit_opt(
     opt_func:Callable # fastai's factory, such as `Adam`, or a `partial` of it

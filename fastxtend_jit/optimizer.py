@@ -139,7 +139,7 @@ class _Plan:
         for p,st in opt.state.items(): at[p],k = k+[*st,'step'].index('step'),k+len(st)
         for b in self.buckets: b.counts += [(self.contents,at[s.param]) for s in b.slots]
 
-# %% ../nbs/03_optimizer.ipynb #48a0eab6
+# %% ../nbs/03_optimizer.ipynb #94c1627b
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
@@ -160,7 +160,9 @@ class JitOptimizer(Optimizer):
             if n not in defaults and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
             setattr(self, n, defaults.pop(n, step.defaults.get(n)))
         self._scalars = [n for n in step.args[2:] if n not in step.state]
-        if odd := {*defaults} - {*step.hypers, *self._common}: raise TypeError(f"`{step.__name__}` has no argument {', '.join(sorted(odd))}; it has {', '.join(step.args[2:])}.")
+        if odd := {*defaults} - {*step.hypers, *self._common}: 
+            may = [n for n in step.args[2:] if n not in self._given and (n not in step.state or n in step.optional)]
+            raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(odd))}; it takes {', '.join(may)}.")
         super().__init__(params, [], **{n:v for n,v in step.defaults.items() if n in step.hypers and n not in self._given} | defaults)
         for i,pg in enumerate(self.param_lists):
             for p in pg:

@@ -63,14 +63,14 @@ def qhadam_jit_step(
     torch._foreach_add_(denom, eps)
     torch._foreach_addcdiv_(params, first, denom, -lr)
 
-# %% ../nbs/14_qhadam.ipynb #213d5aaf
+# %% ../nbs/14_qhadam.ipynb #a3051ff1
 def qhadam_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate
     mom:float=0.999, # Gradient moving average (β1) coefficient
     sqr_mom:float=0.999, # Gradient squared moving average (β2) coefficient
-    nu_1:float=0.7, # QH immediate discount factor
-    nu_2:float=1.0, # QH momentum discount factor
+    nu_1:float=0.7, # Share of the average, as against the gradient
+    nu_2:float=1.0, # Share of the average, as against the squared gradient
     eps:float=1e-8, # Added for numerical stability
     wd:float=0., # Optional weight decay (true or L2)
     decouple_wd:bool=True, # Apply true weight decay (QHAdamW) or L2 regularization (QHAdam)
