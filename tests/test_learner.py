@@ -151,8 +151,12 @@ def test_mistakes(case, tmp_path):
     name = case.jit.__name__
     with pytest.raises(TypeError, match=fr"{name}\(\) got an unexpected keyword argument 'momm'"): vision(partial(case.jit, momm=0.9), tmp_path).fit(1)
     with pytest.raises(AssertionError, match='Trying to set 2 values for lr but there are 3 parameter groups'): vision(case.jit, tmp_path).fit(1, (1e-3,1e-2))
+    learn = vision(globals()[f'{name}_step'], tmp_path)
+    with pytest.raises(TypeError, match=fr'`{name}_step` is a step function.*takes a factory'): learn.fit(1)
     learn = vision(case.jit, tmp_path)
     learn.create_opt()
+    with pytest.warns(UserWarning, match=f'`{name}_step` does not use the hyper `momm`; it uses lr, '): learn.opt.set_hyper('momm', 0.9)
+    with pytest.raises(TypeError, match=f'`{name}_step` takes no epsilon; it takes '): JitOptimizer([nn.Parameter(torch.ones(2))], globals()[f'{name}_step'], lr=0.1, epsilon=1e-5)
     learn.opt.set_hyper('mom', 'high')
     with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
 

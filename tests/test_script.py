@@ -6,10 +6,12 @@ from typing import List,Optional
 import pytest
 import torch
 from fastcore.docments import docments
+from fastai.learner import Learner
 from nbdev.showdoc import show_doc
 from torch import Tensor,nn
 
 from fastxtend_jit import script
+from fastxtend_jit.learner import jit_opt
 from fastxtend_jit.script import JitStep,jit_step
 from tests.cases import *
 
@@ -25,13 +27,16 @@ def test_documented(step):
     assert step.__doc__ and step.__module__ == f"fastxtend_jit.{step.__name__.removesuffix('_jit_step')}"
     assert inspect.isroutine(step) and 'def ' in inspect.getsource(step)
 
-@pytest.mark.parametrize('f', [*STEPS, *(j for _,j in PAIRS), JitOptimizer, JitLookahead], ids=lambda f: f.__name__)
+METHODS = [Learner.to_jit,Learner.to_native,Learner.compare_opt,jit_opt,JitOptimizer.explain,JitOptimizer.step,JitOptimizer.zero_grad,JitOptimizer.clear_state,
+           JitOptimizer.load_state_dict,JitLookahead.step,JitLookahead.clear_state,JitLookahead.state_dict,JitLookahead.load_state_dict]
+@pytest.mark.parametrize('f', [*STEPS, *(j for _,j in PAIRS), JitOptimizer, JitLookahead, *METHODS], ids=lambda f: f.__qualname__)
 def test_docments(f):
     "Every parameter has its comment, and the API page shows them"
     docs = docments(f)
     page = str(show_doc(f))
+    assert f.__doc__
     for n,p in inspect.signature(f).parameters.items():
-        if p.kind is not p.VAR_KEYWORD: assert docs[n] and docs[n] in page, n
+        if p.kind is not p.VAR_KEYWORD and n != 'self': assert docs[n] and docs[n] in page, n
 
 @steps
 def test_compiled(step):
