@@ -351,7 +351,7 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', np.median([import_time() for _ in range(3)]), 1.5)
     return pd.DataFrame(res)
 
-# %% ../nbs/30_bench.ipynb #c5f19685
+# %% ../nbs/30_bench.ipynb #1422d9a3
 def _gmean(xs): return float(np.exp(np.mean(np.log(xs))))
 
 def markdown(
@@ -486,13 +486,15 @@ class Report:
         fig.supxlabel(self.where(), fontsize=7)
         return fig
 
-    def _repr_markdown_(self):  # how a notebook shows it
+    def summary(self) -> str:
+        "What it amounts to, and on which machine, in sentences"
         t = self.table().vs_fastai
         mean = _gmean(t[t.index.isin(eight, level='optimizer')])
         whole = ''.join(f" A whole training step of `{r.model}` takes {r.fastai_ms:.2f} ms with fastai's Adam and {r.ours_ms:.2f} ms with ours: "
                         f"{r.speed:.2f}x." for r in self.training.itertuples() if r.model == 'tabular')
-        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's, {mean:.1f} times in the geometric mean.{whole}\n\n"
-                f"{markdown(self.speeds())}\n\nMeasured on: {self.where()}.")
+        return (f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's, {mean:.1f} times in the geometric mean of the eight optimizers.{whole}\n\nMeasured on: {self.where()}.")
+
+    def _repr_markdown_(self): return f'{self.summary()}\n\n{markdown(self.speeds())}'  # how a notebook shows it
 
     def __str__(self):
         res = []
