@@ -52,10 +52,12 @@ def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placem
         if getattr(p, a, None) != getattr(t, a, None):
             raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
 
-# %% ../nbs/03_optimizer.ipynb #315b851b
+# %% ../nbs/03_optimizer.ipynb #5243b02f
 def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
 
-def _data(p): return p.data if is_plain(p) or local(p) is not p else p
+def _data(p):
+    "What kernels get of `p`: its data, if it has memory of its own or stands for what has"
+    return p.data if is_plain(p) or local(p) is not p else p
 
 class _Plan:
     "Buckets of the parameters that have a gradient, and what they were made from"
