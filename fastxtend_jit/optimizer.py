@@ -141,7 +141,7 @@ class _Plan:
         for p,st in opt.state.items(): at[p],k = k+[*st,'step'].index('step'),k+len(st)
         for b in self.buckets: b.counts += [(self.contents,at[s.param]) for s in b.slots]
 
-# %% ../nbs/03_optimizer.ipynb #94c1627b
+# %% ../nbs/03_optimizer.ipynb #14f1ed3d
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
@@ -162,7 +162,7 @@ class JitOptimizer(Optimizer):
             if n not in defaults and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
             setattr(self, n, defaults.pop(n, step.defaults.get(n)))
         self._scalars = [n for n in step.args[2:] if n not in step.state]
-        if odd := {*defaults} - {*step.hypers, *self._common}: 
+        if odd := {*defaults} - {*step.hypers, *self._common}:
             may = [n for n in step.args[2:] if n not in self._given and (n not in step.state or n in step.optional)]
             raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(odd))}; it takes {', '.join(may)}.")
         super().__init__(params, [], **{n:v for n,v in step.defaults.items() if n in step.hypers and n not in self._given} | defaults)
@@ -295,7 +295,7 @@ def load_state_dict(self:JitOptimizer,
     self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
     self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-# %% ../nbs/03_optimizer.ipynb #c50cac9f
+# %% ../nbs/03_optimizer.ipynb #2efcb9f2
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
     _given = (*JitOptimizer._given,'alpha','lookahead')
@@ -332,7 +332,7 @@ class JitLookahead(JitOptimizer):
         self._slow = [s for pg in self.slow_weights for s in pg]
         plan,grads = super()._get_plan()
         if self._is_kth():
-            for i in plan.rest: _check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} of all')
+            for i in plan.rest: _check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} (shape {tuple(plan.params[i].shape)})')
         return plan,grads
 
     @torch.no_grad()
