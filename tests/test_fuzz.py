@@ -123,6 +123,8 @@ class Game(RuleBasedStateMachine):
     def schedule(self, name, data):
         if name not in self.opts[0].hypers[0]: return
         vs = [data.draw(HYPERS[name]) for _ in range(self.n)]
+        if name in ('sqr_mom','nu_2') and not self.case.kw['decouple_wd'] and any(p.dtype == torch.float32 for p in self.opts[0].ps):
+            vs = [v or 0.5 for v in vs]  # at 0 an update is m/|g|, and where L2 cancels a gradient, that is rounding of float32 over itself, in fastai's as in ours
         for opt in self.opts: opt.set_hyper(name, vs)
 
     @rule(n=st.integers(-2,3))
