@@ -48,9 +48,8 @@ class Game(RuleBasedStateMachine):
         if not fused: self.patch.setattr(optimizer, 'has_fused', lambda *_: False)
         self.layouts = [how for _,how,_ in specs]
         torch.manual_seed(seed)
-        # what rounding leaves of a difference is nothing to go by, so float32 only where other elements set the scale, and not with L2: where it cancels
-        # a gradient, an adaptive step divides rounding by rounding, and fastai's own float32 is further from its float64 than ours from fastai's
-        ts = [torch.randn(s, dtype=d if math.prod(s) > 60 and self.case.kw['decouple_wd'] else torch.float64) for s,_,d in specs]
+        # what rounding leaves of a difference is nothing to go by, so float32 only where other elements set the scale
+        ts = [torch.randn(s, dtype=d if math.prod(s) > 60 else torch.float64) for s,_,d in specs]
         self.n = min(n_groups, len(ts))
         self.opts = [self.make(jit, [nn.Parameter(lay(t, how)) for t,how in zip(ts, self.layouts)]) for jit in (False,True)]
 
