@@ -351,7 +351,7 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', np.median([import_time() for _ in range(3)]), 1.5)
     return pd.DataFrame(res)
 
-# %% ../nbs/30_bench.ipynb #1422d9a3
+# %% ../nbs/30_bench.ipynb #8ab2a71e
 def _gmean(xs): return float(np.exp(np.mean(np.log(xs))))
 
 def markdown(
@@ -391,6 +391,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for n in _parts:
             if len(getattr(self, n)): getattr(self, n).to_csv(folder/f'{n}.csv', index=False, float_format='%.6g')
+            else: (folder/f'{n}.csv').unlink(missing_ok=True)  # of another run
         (folder/'machine.json').write_text(json.dumps(self.machine, indent=1)+'\n')
         if len(self.cells): self.plot().savefig(folder/'speed.png', dpi=110, bbox_inches='tight')
 
