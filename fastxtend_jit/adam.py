@@ -13,7 +13,7 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debias,fused_adam,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -38,8 +38,8 @@ def adam_jit_step(
     if not do_wd: wd = 0.
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
-    if fused:
-        fused_adam(params, grads, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
+    if fused and can_fuse(mom, sqr_mom):
+        fused_adam(params, grads, grad_avg, sqr_avg, lr, mom, sqr_mom, eps, wd, decouple_wd, debias1, debias2)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)
     average_grad(grad_avg, grads, mom, 1-mom)

@@ -153,7 +153,8 @@ def bytes_moved(
 ) -> float:
     "Bytes that a step has to move: parameter, gradient and state read once, parameter and state written once"
     size = lambda t: t.numel()*t.element_size()
-    total = sum(3*size(p) + sum(2*size(t) for t in st.values() if isinstance(t, torch.Tensor)) for p,_,st,_ in opt.all_params(with_grad=True))
+    names = [n for n in opt.state_names if n not in opt.opt_step.numbers and n != 'slow_weights']
+    total = sum(3*size(p) + sum(2*size(st[n]) for n in names) for p,_,st,_ in opt.all_params(with_grad=True))
     if hasattr(opt, 'slow_weights'): total += 2*sum(size(s) for pg in opt.slow_weights for s in pg)/opt.k
     return total
 
@@ -216,7 +217,7 @@ def cuda_calls(
     fuser = torch._C._jit_texpr_fuser_enabled()
     torch._C._jit_set_texpr_fuser_enabled(False)  # it would compile for the GPU
     try:
-        with FakeTensorMode(),patch('fastxtend_jit.optimizer.has_fused', lambda *_: True):
+        with FakeTensorMode(),patch('fastxtend_jit.plan.has_fused', lambda *_: True):
             return pd.DataFrame([dict(optimizer=n, tensors=len(shapes), fastai=calls(r, False), ours=calls(r, True)) for n,r in rows.items()])
     finally: torch._C._jit_set_texpr_fuser_enabled(fuser)
 
@@ -305,6 +306,7 @@ def bare_step(
     step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
     given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1, decouple_wd=opt.decouple_wd, flat=ps[0].is_cpu, **opt.hypers[0],
                  **{n: [opt.state[p][n] for p in ps] for n in opt.state_names})
+    for n in step.numbers: given[n] = torch.stack(given[n])
     args = [given.get(n, step.defaults.get(n)) for n in step.args]
     return lambda: step.compiled(*args)
 

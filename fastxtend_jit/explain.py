@@ -8,8 +8,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/explain.html.md"""
 __all__ = []
 
 # %% ../nbs/21_explain.ipynb #9258b611
-import copy
-from collections import defaultdict
+from contextlib import nullcontext
 
 import pandas as pd
 import torch
@@ -17,12 +16,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from fastcore.foundation import L
 
+from .check import WholeTable
+from .layout import is_dense
 from .optimizer import JitOptimizer
-from .plan import is_dense
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
+def _same_random(func, args, kwargs):
+    "A context that leaves the generator as it is that `func` draws from, if it draws"
+    if torch.Tag.nondeterministic_seeded not in func.tags: return nullcontext()
+    if kwargs.get('generator') is not None: kwargs['generator'] = kwargs['generator'].clone_state()
+    dev = torch.device(kwargs.get('device') or next((a.device for a in args if isinstance(a, Tensor)), 'cpu'))
+    return torch.random.fork_rng([] if dev.type == 'cpu' else [dev], device_type='cuda' if dev.type == 'cpu' else dev.type)
+
 class _Rehearsal(TorchDispatchMode):
     "Counts ATen calls, and the memory that they take for a while, without letting them write"
     def __init__(self): super().__init__(); self.calls,self.live,self.peak = [],[],0
@@ -32,59 +38,47 @@ class _Rehearsal(TorchDispatchMode):
         self.calls.append(func.__name__.split('.')[0])
         # what an op writes to is also what it returns, if it returns anything
         if func._schema.is_mutable: return kwargs.get('out', args[0]) if func._schema.returns else None
-        res = func(*args, **kwargs)
+        with _same_random(func, args, kwargs): res = func(*args, **kwargs)
         if not any(r.alias_info for r in func._schema.returns):
             new = {StorageWeakRef(s): s.nbytes() for s in (t.untyped_storage() for t in (res if isinstance(res, (list,tuple)) else [res]) if type(t) is Tensor)}
             self.live = [o for o in self.live if not o[0].expired()] + list(new.items())
             self.peak = max(self.peak, sum(n for _,n in self.live))
         return res
 
-def _rehearse(
-    opt, # Optimizer; it stays as it is
-    only=None, # Ids of the parameters to keep, all if `None`
-    step=None # Number of steps behind them, as it is if `None`
-):
-    "A rehearsal of the next step of `opt`, and the plan that it followed"
-    o,keep = copy.copy(opt),lambda xs: L(L(x for x,p in zip(pg,ps) if only is None or id(p) in only) for pg,ps in zip(xs, opt.param_lists))
-    o.state = defaultdict(dict, {p: {**st, **({} if step is None else {'step':step})} for p,st in opt.state.items()})
-    o.param_lists = keep(opt.param_lists)
-    if getattr(opt, 'slow_weights', None) is not None: o.slow_weights = keep(opt.slow_weights)
-    with torch.no_grad(), _Rehearsal():  # planning is done once, and not a part of each step
-        plan,grads = o._get_plan()
-        plan.commit(o)
-    o._get_plan = lambda: (plan,grads)
-    with _Rehearsal() as r: o.step()
-    return r,plan
+@torch.no_grad()
+def _rehearse(opt, bucket, grads, scalars, whole):
+    "A rehearsal of the next step of `bucket`"
+    with _Rehearsal() as r: opt._run(bucket, grads, scalars, whole)
+    return r
 
 # %% ../nbs/21_explain.ipynb #afccf2cc
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
 
-def _why(opt, bucket, ids, path):
+def _why(opt, bucket, grads, scalars, whole, path):
     "Why `bucket` takes no faster path"
     p,step = bucket.slots[0].param,opt.opt_step
     if path == 'fused': why = []
     elif 'fused' not in step.args: why = ['the step has no fused form']
     elif not is_dense(p): why = ['the parameters have gaps in memory']
-    elif not bucket.fused: why = [f'no fused kernel for {str(p.dtype)[6:]} on {p.device.type}']
-    elif 'step' in step.args and _path(_rehearse(opt, ids, 10_000)[0].calls) == 'fused': why = ['fused from a later step on']
+    elif not bucket.key.fused: why = [f'no fused kernel for {str(p.dtype)[6:]} on {p.device.type}']
+    elif 'step' in scalars and _path(_rehearse(opt, bucket, grads, {**scalars, 'step':10_000}, whole).calls) == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
-    if n := sum(s.relay for s in bucket.slots): why.append(f'lays out {n} gradients anew')
+    if bucket.key.copied: why.append(f'copies {len(bucket.slots)} gradients')
     if not isinstance(step.compiled, torch.jit.ScriptFunction): why.append('TorchScript does not support this Python')
     return '; '.join(why)
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
     "What the next step does for the gradients as they are, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
-    plan = self._plan and _rehearse(self)[1]
-    if not (plan and plan.buckets):
+    plan,grads,calls = self._prepare() if self._plan else (None,None,[])
+    if not calls:
         raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` after `backward()`. The same holds after "
                            "`clear_state` (which `freeze` calls), after `to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
     rows = []
-    for b in plan.buckets:
-        ps = [s.param for s in b.slots]
-        r,only = _rehearse(self, ids := {id(p) for p in ps})
+    for b,call in zip(plan.buckets, calls):
+        r,ps,key = _rehearse(self, b, grads, *call),[s.param for s in b.slots],b.key
         path = _path(r.calls)
-        rows.append({'group': b.group, 'wd': self.hypers[b.group].get('wd', 0.) if b.do_wd else 0., 'dtype': str(ps[0].dtype)[6:], 'device': str(ps[0].device),
-            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': sum(1 if o.whole else len(o.lists[0]) for o in only.buckets),
-            'path': path, 'why not faster': _why(self, b, ids, path), 'ATen calls': len(r.calls), 'scratch, MiB': round(r.peak/2**20, 2)})
-    return pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1)
+        rows.append({'group': key.group, 'wd': self.hypers[key.group].get('wd', 0.) if key.do_wd else 0., 'dtype': str(key.dtype)[6:], 'device': str(key.device),
+            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': 1 if call[1] else len(b.lists[0]),
+            'path': path, 'why not faster': _why(self, b, grads, *call, path), 'ATen calls': len(r.calls), 'scratch, MiB': round(r.peak/2**20, 2)})
+    return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

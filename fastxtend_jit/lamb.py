@@ -13,7 +13,7 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,debias,fused_adam,norms,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -41,7 +41,7 @@ def lamb_jit_step(
 
     # Adam's step by itself: from zero, with a learning rate of -1
     update = [torch.zeros_like(p) for p in params]
-    if fused: fused_adam(update, grads, grad_avg, sqr_avg, step, -1., mom, sqr_mom, eps, 0., True)
+    if fused and can_fuse(mom, sqr_mom): fused_adam(update, grads, grad_avg, sqr_avg, -1., mom, sqr_mom, eps, 0., True, debias1, debias2)
     else:
         average_grad(grad_avg, grads, mom, 1-mom)
         average_sqr_grad(sqr_avg, grads, sqr_mom)

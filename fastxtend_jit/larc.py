@@ -23,6 +23,7 @@ def larc_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
     grads:List[Tensor], # Gradients
     grad_avg:Optional[List[Tensor]], # Moving averages of the gradients, updated in place; `None` for no momentum
+    local_lr:Tensor, # Learning rate of each parameter, which this step sets
     lr:float, # Learning rate
     mom:float, # Gradient moving average (β1) coefficient
     trust_coeff:float, # Trust coefficient for calculating layerwise LR
@@ -38,13 +39,12 @@ def larc_jit_step(
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
 
     # as in fastai, `wd` counts here also where `do_wd` is off
-    large = flat and len(params) == 1
-    p_norm,g_norm = norms(params, large),norms(grads, large)
-    local_lr = lr*trust_coeff * p_norm / (g_norm + p_norm*wd + eps)
-    if clip: local_lr = torch.where(local_lr < lr, local_lr, lr)
+    p_norm,g_norm = norms(params, flat),norms(grads, flat)
+    trust = lr*trust_coeff * p_norm / (g_norm + p_norm*wd + eps)
+    local_lr.copy_(torch.where(trust < lr, trust, lr) if clip else trust)
     lrs = local_lr.unbind()
 
-    if fused and large and grad_avg is not None and mom != 0.:
+    if fused and flat and len(params) == 1 and grad_avg is not None and mom != 0.:
         torch._fused_sgd_(params, grads, grad_avg, weight_decay=0., momentum=mom, lr=lrs[0], dampening=0., nesterov=False,
                           maximize=False, is_first_step=False)
         return

@@ -25,6 +25,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,ranger
 from fastai.torch_core import get_random_states,set_random_states,to_cpu
 
+from .check import WholeTable
 from .optimizer import JitOptimizer
 from .script import JitStep
 from .sgd import sgd_jit
@@ -117,11 +118,6 @@ class _Batches(GetAttr):
     def __len__(self): return self.n
     def __iter__(self): return map(deepcopy, itertools.islice(itertools.cycle(self.batches), self.n))
 
-class _Table(pd.DataFrame):
-    "A `DataFrame` that shows three digits of each number"
-    def _repr_html_(self): return self.to_html(float_format='{:.3g}'.format, na_rep='')
-    def __repr__(self): return self.to_string(float_format='{:.3g}'.format, na_rep='')
-
 class _Losses(Callback):
     "Notes the losses, and ends training before validation"
     order = 1000
@@ -207,7 +203,7 @@ def compare_opt(self:Learner,
     for i,(s,x,y) in enumerate(zip(start, a, b)):
         rows.append(_compared(f'weights moved, group {i} ({len(x)} tensors)', _largest(x, s), _largest(y, s), _largest(x, y), _largest(x)))
     if show: _plot(names, losses, times)
-    res = _Table(rows).set_index('').rename(columns=dict(native=names[0], jit=names[1], difference='largest difference', relative='relative to largest'))
-    res = _Table(res.rename_axis(f'medians of {steps} steps', axis=1))
+    res = WholeTable(rows).set_index('').rename(columns=dict(native=names[0], jit=names[1], difference='largest difference', relative='relative to largest'))
+    res = WholeTable(res.rename_axis(f'medians of {steps} steps', axis=1))
     res.attrs = {'losses': dict(zip(names, losses)), 'seconds': dict(zip(names, times))}
     return res

@@ -11,7 +11,7 @@ __all__ = ['JitOptimizer', 'JitLookahead']
 import warnings
 from collections import defaultdict
 from itertools import chain
-from operator import is_
+from operator import index
 from typing import Callable
 
 import torch
@@ -19,195 +19,132 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from .fragments import has_fused,lookahead
-from . import plan as _plan
-from .plan import Bucket,Slot,is_dense,is_plain,local,make_batches,walk
-from .script import JitStep,jit_step
+from .fragments import lookahead
+from .layout import find_shared,local
+from .plan import Key,Plan,Slot,check_state,make_batches,same
+from .script import JitStep,given,jit_step
 
 # %% ../nbs/03_optimizer.ipynb #5d51926d
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #413feeea
-def _check_grad(p, g, where):
-    "Raise if a step cannot use gradient `g` of parameter `p`"
-    if g.layout != torch.strided:
-        raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which compiled steps do not take: make it dense, for an embedding by `sparse=False`.")
-    if p.is_complex() or g.is_complex():
-        raise TypeError(f"{where} or its gradient is complex, which compiled steps do not take: optimize `torch.view_as_real` of it.")
-    if not p.is_floating_point() or p.dtype.itemsize == 1:
-        raise TypeError(f"{where} is of {p.dtype}, with which no step can be computed: keep it in floating point of 16 bits or more, or give it no gradient.")
-    for a in ('shape','dtype','device','device_mesh'):
-        if getattr(p, a, None) != getattr(g, a, None):
-            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}. They have to be alike: compute it again after changing the parameter.")
-    if is_plain(p) and torch._debug_has_internal_overlap(p) == 1:
-        raise ValueError(f"Elements of {where} share memory (strides {p.stride()}): pass the tensor it was expanded from.")
-
-def _check_state(p, t, name, where, attrs=('shape','dtype','device_mesh','placements','device')):
-    "Raise if tensor `t` cannot be state `name` of parameter `p`"
-    if not isinstance(t, Tensor): raise TypeError(f"State `{name}` of {where} is a {type(t).__name__}, not a tensor: call `clear_state()` or load a fitting state.")
-    if 'device' not in attrs and t.is_meta and not p.is_meta: raise ValueError(f"State `{name}` of {where} is on the device `meta` and has no values: load a fitting state, or call `clear_state()`.")
-    for a in attrs:
-        if getattr(p, a, None) != getattr(t, a, None):
-            raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
-
-# %% ../nbs/03_optimizer.ipynb #5243b02f
-def _same(a, b): return len(a) == len(b) and all(map(is_, a, b))
-
-def _data(p):
-    "What kernels get of `p`: its data, if it has memory of its own or stands for what has"
-    return p.data if is_plain(p) or local(p) is not p else p
-
-class _Plan:
-    "Buckets of the parameters that have a gradient, and what they were made from"
-    def __init__(self, opt, params, grads):
-        self.params,self.new,self.rest,self.contents = params,[],[],None
-        buckets,seen,relaid = {},{},0
-        used = [p for p,g in zip(params, grads) if g is not None]
-        many_small = sum(local(p).numel() <= _plan.small_size for p in used) > 20  # a call for them alone is worth its time
-        where = [(i,j) for i,pg in enumerate(opt.param_lists) for j in range(len(pg))]
-        for i,(p,g,st) in enumerate(zip(params, grads, map(opt.state.__getitem__, params))):
-            if g is None or p.numel() == 0: self.rest.append(i); continue
-            gi,j = where[i]
-            name = f'parameter {j} of group {gi} (shape {tuple(p.shape)})'
-            _check_grad(p, g, name)
-            twin,at = seen.get(id(p)),is_plain(p) and p.data_ptr()
-            if twin: raise ValueError(f"{name} stands in the parameter groups twice: it would take two steps at once. Give it to one group only.")
-            if at and at in seen: raise ValueError(f"{name} shares its memory with {seen[at]}: one would undo the other's step. Tie parameters by giving both modules the same one.")
-            seen[id(p)] = seen[at] = name
-            if type(st.get('step', 0)) is not int: raise TypeError(f"The state `step` of {name} has to be a whole number, but is {st['step']!r}.")
-            mesh,dense = getattr(p, 'device_mesh', None),is_dense(local(p))
-            shards = mesh is not None and opt.opt_step.elementwise
-            fused = dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None)  # these kernels know no `DTensor`
-            flat = dense and p.is_cpu and is_plain(local(p) if shards else p)
-            small = flat and many_small and local(p).numel() <= _plan.small_size
-            relay = dense and walk(local(g)) != walk(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
-            if relay: relaid += p.numel()  # in buckets no larger than a batch: all gradients of a bucket are laid out at once
-            slot = Slot(i, p, [self._tensor(opt, i, st, n, name, dense) for n in opt.state_names], relay)
-            key = gi,st.get('do_wd', True),st.get('step', 0),fused,flat,small,shards
-            buckets.setdefault((*key,p.dtype,p.device,mesh,relay and 1 + relaid//_plan.batch_size), Bucket(*key, [])).slots.append(slot)
-        self.buckets = list(buckets.values())
-        tensors = [*used, *(t for b in self.buckets for s in b.slots for t in s.state)]
-        self.plain,self.plain_state,self.odd = [p for p in used if is_plain(p)],[t for t in tensors[len(used):] if is_plain(t)],[t for t in tensors if not is_plain(t)]
-        self.layout = self._layout(grads)
-        for b in self.buckets:
-            make_batches(b, opt.opt_step.elementwise, 'flat' in opt.opt_step.args)
-            tensors = [_data(s.param) for s in b.slots],*map(list, zip(*[s.state for s in b.slots]))
-            b.lists = [opt.opt_step.hold(b.nest(ts)) for ts in tensors]
-            if opt.opt_step.in_place and len(b.lists[0]) > 1: b.uncut = [opt.opt_step.hold(b.nest(ts, True)) for ts in tensors]
-
-    def _layout(self, grads):
-        "Where parameters and state lie, and how they and gradients do; a parameter has its gradient's dtype"
-        gs,every = [g for g in grads if g is not None],lambda f,ts: [*map(f, ts)]
-        return (every(Tensor.data_ptr, self.plain), every(Tensor.stride, self.plain), every(Tensor.numel, self.plain), every(Tensor.data_ptr, self.plain_state),
-                [g is None for g in grads], every(Tensor.stride, gs), every(Tensor.numel, gs), [g.dtype for g in gs],
-                [(t.shape, t.stride(), t is local(t) or local(t).data_ptr(), getattr(t, 'placements', None), getattr(t.grad, 'placements', None)) for t in self.odd])
-
-    def _tensor(self, opt, i, st, name, where, dense):
-        "State `name` of the parameter at `i`: the one there is, laid out like the parameter, or zeros"
-        p,t = self.params[i],opt._get_state(i, st, name)
-        if t is None: new = torch.zeros_like(p)
-        else:
-            _check_state(p, t, name, where)
-            if not dense or walk(local(t)) == walk(local(p)): return t
-            new = torch.empty_like(p).copy_(t)
-        self.new.append((i, st, name, new))
-        return new
-
-    def holds(self, opt, params, grads):
-        "Is everything as it was after the last step?"
-        try: return self.contents is not None and _same(params, self.params) and _same(opt._contents(), self.contents) and self._layout(grads) == self.layout
-        except RuntimeError: return False  # a gradient without strides: a sparse one
-
-    def commit(self, opt):
-        "Put tensors of state that the plan has made where they belong"
-        for i,st,name,t in self.new: opt._set_state(i, st, name, t)
-        self.new = []
-
-    def count(self, opt):
-        "One more step was taken"
-        first,counts = self.contents is None,'step' in opt.opt_step.args
-        if counts:
-            for b in self.buckets:
-                b.step = n = b.step+1
-                if first: b.counts = [(opt.state[s.param],'step') for s in b.slots]
-                for o,k in b.counts: o[k] = n
-        if not first: return
-        self.contents = opt._contents()
-        if not counts: return
-        # the numbers of steps stand in `contents` too, where they are written from now on: to make it anew at each step would take longer
-        at,k = {},len(self.contents)-sum(map(len, opt.state.values()))
-        for p,st in opt.state.items(): at[p],k = k+[*st,'step'].index('step'),k+len(st)
-        for b in self.buckets: b.counts += [(self.contents,at[s.param]) for s in b.slots]
-
 # %% ../nbs/03_optimizer.ipynb #14f1ed3d
+def _scalar(v, to, what):
+    "`v` as a scalar of type `to`, which TorchScript insists on; raises `TypeError` if it is none"
+    if type(v) is to: return v
+    try:
+        if to is float and not isinstance(v, str): return float(v)
+        if to is int: return index(v)
+        if to is bool and hasattr(v, '__bool__'): return bool(v)  # as fastai takes a constant, by its truth value
+    except (TypeError,ValueError,RuntimeError): pass
+    raise TypeError(f"{what} has to be {({float:'a number', int:'a whole number', bool:'true or false'})[to]}, but is {v!r}.")
+
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
-    _given = ('do_wd','step','fused','flat')  # arguments of a step that the optimizer itself fills in
-    _common = ('lr','mom','wd','train_bn')  # hypers that fastai sets for any optimizer
+    _given    = given  # arguments of a step that the optimizer itself fills in
+    _common   = ('lr','mom','wd')  # hypers that fastai sets for any optimizer
+    _reserved = ('self','opt_step')  # arguments of its own, whose names a step cannot have for one of its
+    _apart    = ()  # state that is not in `opt.state`
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
-        decouple_wd:bool=False, # Use true weight decay or L2 regularization, if the step knows weight decay
+        decouple_wd:bool=..., # Use true weight decay or L2 regularization, if the step knows weight decay; `...` for the step's own default, or else L2
         **defaults # Hypers and constants of `opt_step`; a state's name with `False` where this optimizer goes without it
     ):
         params,step = L(params),jit_step(opt_step)
         if not len(params): raise ValueError("The optimizer got no parameters: pass `model.parameters()`, or a list of lists of parameters.")
         step.compiled  # now: a mistake in a step should show where the optimizer is made
-        self.opt_step,self.decouple_wd,self._plan = step,decouple_wd,None
+        step.check_given(self._given)
+        self.opt_step,self._plan = step,None
+        for n in step.args[2:]:
+            if n in self._reserved: self._refuse(n, 'an argument')
         self.state_names = tuple(n for n in step.state if n not in step.optional or defaults.pop(n, True))
-        for n in step.consts:
-            if n in (*self._given,'decouple_wd'): continue
-            if n not in defaults and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
-            setattr(self, n, defaults.pop(n, step.defaults.get(n)))
-        self._scalars = [n for n in step.args[2:] if n not in step.state]
-        if odd := {*defaults} - {*step.hypers, *self._common}:
+        consts = {n:defaults.pop(n) for n in step.consts if n in defaults}
+        if odd := {*defaults} - {*step.hypers, *self._common, 'train_bn'}:
             may = [n for n in step.args[2:] if n not in self._given and (n not in step.state or n in step.optional)]
             raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(odd))}; it takes {', '.join(may)}.")
-        super().__init__(params, [], **{n:v for n,v in step.defaults.items() if n in step.hypers and n not in self._given} | defaults)
+        super().__init__(params, [], **{n:defaults.pop(n) for n in ['train_bn'] if n in defaults and n not in step.hypers})  # fastai says that it has no effect
+        hypers = [n for n in step.hypers if n not in self._given and n in {*defaults, *step.defaults}]
+        self.set_hypers(**{n:defaults.pop(n, step.defaults.get(n)) for n in hypers}, **defaults)  # in the step's order
+        self._set_consts(consts | {'decouple_wd': step.defaults.get('decouple_wd', False) if decouple_wd is ... else decouple_wd})
         for i,pg in enumerate(self.param_lists):
             for p in pg:
                 if not isinstance(p, Tensor): raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: pass a list of parameters, or a list of lists of them.")
+
+    def _refuse(self, n, what):
+        raise TypeError(f"`{self.opt_step.__name__}` has an argument `{n}`, which is also the name of {what} of `{type(self).__name__}`: give it another name.")
+
+    def _set_consts(self, values):
+        "Constants are attributes, which may be changed"
+        step = self.opt_step
+        self.decouple_wd = _scalar(values['decouple_wd'], bool, "`decouple_wd`")
+        for n in step.consts:
+            if n in (*self._given,'decouple_wd'): continue
+            if hasattr(self, n): self._refuse(n, 'an attribute')
+            if n not in values and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
+            setattr(self, n, _scalar(values.get(n, step.defaults.get(n)), step.__signature__.parameters[n].annotation, f"`{n}`"))
 
     def _set_hyper(self, k, v):
         if k not in self.opt_step.hypers and k not in self._common:
             warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {', '.join(n for n in self.opt_step.hypers if n not in self._given)}.")
         super()._set_hyper(k, v)
 
-    def _values(self, bucket): return dict(do_wd=bucket.do_wd, step=bucket.step+1, fused=bucket.fused, flat=bucket.flat)
+    def _values(self, bucket):
+        "What the optimizer fills in"
+        key = bucket.key
+        return dict(do_wd=key.do_wd, step=bucket.taken+1, fused=key.fused, flat=key.flat)
     def _contents(self):
-        "All that state consists of, to be compared by identity"
-        sts = self.state.values()
-        return [self.state, *self.state, *sts, *chain.from_iterable(sts), *chain.from_iterable(map(dict.values, sts))]
+        "The containers of state and their keys, to be compared by identity"
+        return [self.state, *self.state, *self.state.values(), *chain.from_iterable(self.state.values())]
     def _get_state(self, i, st, name): return st.get(name)
-    def _set_state(self, i, st, name, t): st[name] = t
+    def _set_state(self, i, p, new): self.state.setdefault(p, {}).update(new)
     def __getstate__(self): return {**self.__dict__, '_plan': None}
 
 # %% ../nbs/03_optimizer.ipynb #b620c116
+_openmp = 'OpenMP' in torch.__config__.parallel_info()  # other backends cannot change the number of threads once they have worked
+
 @patch
 def _read_scalars(self:JitOptimizer, bucket):
-    "The step's scalar arguments for `bucket`"
-    hypers,values = self.hypers[bucket.group],self._values(bucket)
-    def read(n):
-        if n in values: return values[n]
-        if n not in self.opt_step.hypers: return getattr(self, n)
-        if n not in hypers: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {bucket.group} does not have: "
-                                             f"pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
-        try: return float(hypers[n])
-        except (TypeError,ValueError): raise TypeError(f"Hyper `{n}` of group {bucket.group} has to be a number, but is {hypers[n]!r}.") from None
-    return [read(n) for n in self._scalars]
+    "The step's scalar arguments for `bucket`, by name"
+    hypers,values,group,res = self.hypers[bucket.key.group],self._values(bucket),bucket.key.group,{}
+    for n,to in self.opt_step.scalars.items():
+        if n in values: res[n] = _scalar(values[n], to, f"`{n}`")
+        elif to is not float: res[n] = _scalar(getattr(self, n), to, f"`{n}`")
+        elif n in hypers: res[n] = _scalar(hypers[n], to, f"Hyper `{n}` of group {group}")
+        else: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {group} does not have: "
+                               f"pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
+    return res
 
 @patch
 def _get_plan(self:JitOptimizer):
     "The plan for the gradients as they are, and these gradients; raises if a step could not be taken"
-    if len(self.param_lists) != len(self.hypers): raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: make a new optimizer to add a group.")
+    if len(self.param_lists) > len(self.hypers): raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: make a new optimizer to add a group.")
     params = [*chain.from_iterable(self.param_lists)]
     grads = [p.grad for p in params]
-    if self._plan is None or not self._plan.holds(self, params, grads): self._plan = _Plan(self, params, grads)
-    return self._plan,grads
+    plan = self._plan
+    if plan is None or not plan.holds(self, params, grads): plan = Plan(self, params, grads)
+    plan.memory.check_apart(plan.used, grads)
+    return plan,grads
 
-_openmp = 'OpenMP' in torch.__config__.parallel_info()  # other backends cannot change the number of threads once they have worked
+@patch
+def _prepare(self:JitOptimizer):
+    "All that a step needs: plan, gradients, and for each bucket its scalars and whether it goes in one batch; raises if the step could not be taken"
+    (plan,grads),step,calls = self._get_plan(),self.opt_step,[]
+    for b in plan.buckets:
+        scalars = self._read_scalars(b)
+        if step.check: step.check(**scalars)
+        calls.append((scalars, b.uncut is not None and bool(step.in_place(**scalars))))
+    return plan,grads,calls
+
+@patch
+def _run(self:JitOptimizer, bucket, grads, scalars, whole):
+    "Let the kernels run for one bucket"
+    args,run,threads = bucket.args(grads, whole),self.opt_step.over(self.state_names),torch.get_num_threads()
+    if one_thread := bucket.key.small and _openmp and threads > 1: torch.set_num_threads(1)
+    try: run(*args, *scalars.values())
+    finally:
+        if one_thread: torch.set_num_threads(threads)
 
 @patch
 @torch.no_grad()
@@ -216,23 +153,22 @@ def step(self:JitOptimizer,
 ):
     "Take a step for all parameters that have a gradient; raises, before it changes anything, if one cannot take it"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: compute the loss and gradients, then call `step()`.")
-    plan,grads = self._get_plan()
-    scalars = [self._read_scalars(b) for b in plan.buckets]
-    for b,values in zip(plan.buckets, scalars):
-        named = dict(zip(self._scalars, values))
-        if self.opt_step.check: self.opt_step.check(**named)
-        b.whole = b.uncut is not None and bool(self.opt_step.in_place(**named))
-    plan.commit(self)
-    run = self.opt_step.over(self.state_names)
-    threads = torch.get_num_threads()
-    for b,values in zip(plan.buckets, scalars):
-        lists = b.uncut if b.whole else b.lists
-        args = lists[0],b.grads(grads),*lists[1:],*values
-        if alone := b.small and _openmp and threads > 1: torch.set_num_threads(1)
-        try: run(*args)
-        finally:
-            if alone: torch.set_num_threads(threads)
-    plan.count(self)
+    plan,grads,calls = self._prepare()
+    self._plan = None  # until the step is through: if anything interrupts it, the next one looks at everything anew
+    self._commit(plan)
+    for k,(b,call) in enumerate(zip(plan.buckets, calls)):
+        try: self._run(b, grads, *call)
+        except Exception: raise
+        except BaseException: plan.count(k); raise  # an interrupt, which Python holds back until the kernels are through
+        plan.count(k)
+    self._finish(plan)
+    plan.note(self)
+    self._plan = plan
+
+@patch
+def _commit(self:JitOptimizer, plan): plan.commit(self)
+@patch
+def _finish(self:JitOptimizer, plan): "What comes after all buckets"
 
 # %% ../nbs/03_optimizer.ipynb #162fe649
 @patch
@@ -261,30 +197,34 @@ def _own(p, v):
 
 _loaded = ('shape','dtype','device_mesh','placements')  # what has to fit in a state that is loaded
 
+def _bad(msg): raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
+
 @patch
 def _check_state_dict(self:JitOptimizer, sd):
     "Raise if `sd` does not fit"
-    def bad(msg): raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
+    if not isinstance(sd, dict): raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. Read a file by `torch.load`, or by `learn.load`.")
     for k in ('state','hypers'):
-        if k not in sd: bad(f"it has no `{k}`, only {sorted(sd)}.")
+        if k not in sd: _bad(f"it has no `{k}`, only {sorted(map(str, sd))}.")
+        if not isinstance(sd[k], (list,tuple,L)): _bad(f"its `{k}` has to be a list, but is a {type(sd[k]).__name__}.")
     params = [(f'parameter {j} of group {i}', p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
-    if len(sd['hypers']) != len(self.param_lists): bad(f"it has {len(sd['hypers'])} parameter groups, the optimizer has {len(self.param_lists)}.")
-    if len(sd['state']) != len(params): bad(f"it has state for {len(sd['state'])} parameters, the optimizer has {len(params)}.")
-    hypers = [n for n in self._scalars if n in self.opt_step.hypers and n not in self._given]
+    if len(sd['hypers']) != len(self.param_lists): _bad(f"it has {len(sd['hypers'])} parameter groups, the optimizer has {len(self.param_lists)}.")
+    if len(sd['state']) != len(params): _bad(f"it has state for {len(sd['state'])} parameters, the optimizer has {len(params)}.")
+    step = self.opt_step
+    hypers = [n for n,to in step.scalars.items() if to is float and n not in self._given]
+    need = [n for n in (*self.state_names,'step') if n in step.args and n not in self._apart]
     for i,h in enumerate(sd['hypers']):
-        if not isinstance(h, dict): bad(f"hypers of group {i} are {h!r}, not a dict.")
-        if lost := [n for n in hypers if n not in h]: bad(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(h)}.")
+        if not isinstance(h, dict): _bad(f"hypers of group {i} are {h!r}, not a dict.")
+        if lost := [n for n in hypers if n not in h]: _bad(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(h)}.")
         for n in hypers:
-            try: float(h[n])
-            except (TypeError,ValueError): bad(f"hyper `{n}` of group {i} has to be a number, but is {h[n]!r}.")
+            try: _scalar(h[n], float, f"hyper `{n}` of group {i}")
+            except TypeError as e: _bad(e)
     for (name,p),st in zip(params, sd['state']):
-        if not isinstance(st, dict): bad(f"state of {name} is {st!r}, not a dict.")
-        if type(n := st.get('step', 0)) is not int or n < 0: bad(f"`step` of {name} has to be a whole number, at least 0, but is {n!r}.")
+        if not isinstance(st, dict): _bad(f"state of {name} is {st!r}, not a dict.")
+        if type(n := st.get('step', 0)) is not int or n < 0: _bad(f"`step` of {name} has to be a whole number, at least 0, but is {n!r}.")
         has = [n for n in self.state_names if n in st]
-        need = [n for n in (*self.state_names, 'step') if n in self.opt_step.args and n != 'slow_weights']
-        if has and (lost := [n for n in need if n not in st]): bad(f"state of {name} has {', '.join(has)}, but no {', '.join(lost)}.")
-        try: [_check_state(p, st[n], n, name, _loaded) for n in has]
-        except (TypeError,ValueError) as e: bad(e)
+        if has and (lost := [n for n in need if n not in st]): _bad(f"state of {name} has {', '.join(has)}, but no {', '.join(lost)}.")
+        try: [check_state(p, st[n], n, name, _loaded, n in step.numbers) for n in has]
+        except (TypeError,ValueError) as e: _bad(e)
 
 @patch
 def load_state_dict(self:JitOptimizer,
@@ -298,61 +238,82 @@ def load_state_dict(self:JitOptimizer,
 # %% ../nbs/03_optimizer.ipynb #2efcb9f2
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
-    _given = (*JitOptimizer._given,'alpha','lookahead')
+    _given,_apart = {**JitOptimizer._given, 'alpha':float, 'lookahead':bool},('slow_weights',)
+    _reserved = (*JitOptimizer._reserved,'k')
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function with the arguments `slow_weights`, `alpha` and `lookahead`
-        decouple_wd:bool=False, # Use true weight decay or L2 regularization, if the step knows weight decay
+        decouple_wd:bool=..., # Use true weight decay or L2 regularization, if the step knows weight decay; `...` for the step's own default, or else L2
         k:int=6, # How often to conduct Lookahead step, at least 1
         alpha:float=0.5, # Slow weight moving average coefficient
         **defaults # As in `JitOptimizer`
     ):
         opt_step = jit_step(opt_step)
         if lost := {'slow_weights','alpha','lookahead'} - {*opt_step.args}: raise TypeError(f"Step function `{opt_step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
-        if k < 1: raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
-        self.k,self.alpha = k,alpha
-        super().__init__(params, opt_step, decouple_wd, **defaults)
+        self.k,self.alpha = _scalar(k, int, "`k`"),_scalar(alpha, float, "`alpha`")
+        if self.k < 1: raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
         self._init_state()
+        super().__init__(params, opt_step, decouple_wd, **defaults)
 
     def _init_state(self): self.count,self.slow_weights,self._slow = 0,None,[]
     def _contents(self): return [*self._slow, *super()._contents()]
-    def _values(self, bucket): return {**super()._values(bucket), 'alpha': self.alpha, 'lookahead': self._is_kth()}
-    def _is_kth(self): return (self.count+1) % self.k == 0
-    def _get_state(self, i, st, name): return self._slow[i] if name == 'slow_weights' else st.get(name)
-    def _set_state(self, i, st, name, t):
-        if name != 'slow_weights': st[name] = t; return
+    def _values(self, bucket): return {**super()._values(bucket), 'alpha':self.alpha, 'lookahead':self._is_kth()}
+    def _is_kth(self): return (self.count+1) % _scalar(self.k, int, "`k`") == 0
+    def _get_state(self, i, st, name): return self._slow[i] if name in self._apart else super()._get_state(i, st, name)
+    def _set_state(self, i, p, new):
+        if 'slow_weights' in new: self._put_slow(i, new.pop('slow_weights'))
+        super()._set_state(i, p, new)
+
+    def _put_slow(self, i, t):
+        self._slow[i] = t
         for pg in self.slow_weights:
-            if i < len(pg): pg[i] = t; break
+            if i < len(pg): pg[i] = t; return
             i -= len(pg)
 
     def _get_plan(self):
-        if [*map(len, self.slow_weights)] != [*map(len, self.param_lists)]:
-            raise ValueError(f"There are slow weights for groups of {[*map(len, self.slow_weights)]} parameters, but the groups have {[*map(len, self.param_lists)]}: "
-                             "call `clear_state()` after changing `param_lists`.")
-        self._slow = [s for pg in self.slow_weights for s in pg]
+        self._slow = [*chain.from_iterable(self.slow_weights)]
+        sizes,slow = ([*map(len, o)] for o in (self.param_lists,self.slow_weights))
+        # they follow parameters whose groups were split or merged, as these stand in the order of the last step
+        if sizes != slow and not (self._plan and sum(sizes) == sum(slow) and same(self._plan.params, [*chain.from_iterable(self.param_lists)])):
+            raise ValueError(f"There are slow weights for groups of {slow} parameters, but the groups have {sizes}: call `clear_state()` after changing `param_lists`.")
         plan,grads = super()._get_plan()
         if self._is_kth():
-            for i in plan.rest: _check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} (shape {tuple(plan.params[i].shape)})')
+            for i in plan.rest: check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} (shape {tuple(plan.params[i].shape)})')
         return plan,grads
 
+    def _commit(self, plan):
+        sizes = [*map(len, self.param_lists)]
+        if [*map(len, self.slow_weights)] != sizes:
+            ws = iter(self._slow)
+            self.slow_weights = L(L(next(ws) for _ in range(n)) for n in sizes)
+        super()._commit(plan)
+
     @torch.no_grad()
-    def step(self,
-        closure=None # For PyTorch's signature; fastai does not support one
-    ):
-        "Take a step for all parameters that have a gradient, and every `k`-th time a lookahead for all parameters"
+    def _prepare(self):
         fresh = self.slow_weights is None
         if fresh: self.slow_weights = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
-        try: super().step(closure)
+        try: return super()._prepare()
         except:
             if fresh: self.slow_weights = None
             raise
-        if self._is_kth(): self._rest_lookahead()
+
+    def _finish(self, plan):
+        "A lookahead, if it is time for one, for parameters that took no step, and one more step to count"
+        if self._is_kth():
+            alike = {}
+            for i in plan.rest: alike.setdefault((plan.params[i].device,plan.params[i].dtype), []).append(i)
+            for at in alike.values():
+                while at:  # one that stands in the groups twice, or shares memory, takes its lookaheads one after the other, as in fastai
+                    n = len(at)
+                    while pair := find_shared([plan.params[i] for i in at[:n]]): n = pair[1]
+                    self._rest_lookahead(plan, at[:n])
+                    at = at[n:]
         self.count += 1
 
-    def _rest_lookahead(self):
-        rest = Bucket(0, False, 0, False, True, False, False, [Slot(i, local(self._plan.params[i]), []) for i in self._plan.rest])
-        make_batches(rest, False)
-        for ps,ss in zip(rest.nest([s.param for s in rest.slots]), rest.nest([local(self._slow[s.i]) for s in rest.slots])): lookahead(ps, ss, self.alpha)
+    def _rest_lookahead(self, plan, at):
+        slots = [Slot(i, local(plan.params[i])) for i in at]
+        batches,slots,_ = make_batches(Key(flat=slots[0].param.is_cpu), slots, elementwise=False)
+        for a,b,_ in batches: lookahead([s.param for s in slots[a:b]], [local(self._slow[s.i]) for s in slots[a:b]], self.alpha)
 
     def clear_state(self):
         "Forget averages, step counts and slow weights"
@@ -365,15 +326,14 @@ class JitLookahead(JitOptimizer):
 
     def _check_state_dict(self, sd):
         super()._check_state_dict(sd)
-        def bad(msg): raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
-        if lost := [k for k in ('count','slow_weights') if k not in sd]: bad(f"it has no {', '.join(lost)}; was it saved by an optimizer without lookahead?")
-        if type(sd['count']) is not int or sd['count'] < 0: bad(f"`count` has to be a whole number, at least 0, but is {sd['count']!r}.")
+        if lost := [k for k in ('count','slow_weights') if k not in sd]: _bad(f"it has no {', '.join(lost)}; was it saved by an optimizer without lookahead?")
+        if type(sd['count']) is not int or sd['count'] < 0: _bad(f"`count` has to be a whole number, at least 0, but is {sd['count']!r}.")
         slow = sd['slow_weights']
         if slow is None: return
-        if [*map(len, slow)] != [*map(len, self.param_lists)]: bad(f"it has slow weights for groups of {[*map(len, slow)]} parameters, the groups have {[*map(len, self.param_lists)]}.")
+        if [*map(len, slow)] != [*map(len, self.param_lists)]: _bad(f"it has slow weights for groups of {[*map(len, slow)]} parameters, the groups have {[*map(len, self.param_lists)]}.")
         for i,(pg,ss) in enumerate(zip(self.param_lists, slow)):
-            try: [_check_state(p, s, 'slow_weights', f'parameter {j} of group {i}', _loaded) for j,(p,s) in enumerate(zip(pg, ss))]
-            except (TypeError,ValueError) as e: bad(e)
+            try: [check_state(p, s, 'slow_weights', f'parameter {j} of group {i}', _loaded) for j,(p,s) in enumerate(zip(pg, ss))]
+            except (TypeError,ValueError) as e: _bad(e)
 
     def load_state_dict(self,
         sd:dict # State dict of this optimizer or of its fastai counterpart

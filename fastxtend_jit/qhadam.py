@@ -13,7 +13,7 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import average_grad,average_sqr_grad,can_debias,debias,fused_adam,weight_decay
+from .fragments import average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -40,15 +40,13 @@ def qhadam_jit_step(
     if not do_wd: wd = 0.
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
-    if fused and 0.5 <= nu_1 and nu_1 <= 1. and nu_2 == 1.:
-        # The update nu_1·new/debias1 + (1-nu_1)·g, with new = mom·old + (1-mom)·g, is size·(b·old + (1-b)·g): Adam's with another β₁, which
-        # the kernel debiases by `c`, so lr·size·c goes in. What it leaves in `grad_avg` is b·old + (1-b)·g, from which new = r·that + (1-r)·g
+    if fused and 0.5 <= nu_1 and nu_1 <= 1. and nu_2 == 1. and can_fuse(mom, sqr_mom):
+        # The update nu_1·new/debias1 + (1-nu_1)·g, with new = mom·old + (1-mom)·g, is size·(b·old + (1-b)·g): Adam's with another β₁ and lr·size.
+        # What the kernel leaves in `grad_avg` is b·old + (1-b)·g, from which new = r·that + (1-r)·g
         size = nu_1/debias1 + 1 - nu_1
         r = 1 + debias1*(1-nu_1)/nu_1
-        b = mom/r
-        c = size * (1 - b**step)
         if not decouple_wd: grads = weight_decay(params, grads, lr, wd, False)
-        fused_adam(params, grads, grad_avg, sqr_avg, step, lr*c, b, sqr_mom, eps, wd/c if decouple_wd else 0., True)
+        fused_adam(params, grads, grad_avg, sqr_avg, lr*size, mom/r, sqr_mom, eps, wd/size if decouple_wd else 0., True, 1., debias2)
         if r != 1.: torch._foreach_lerp_(grad_avg, grads, 1-r)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)

@@ -13,7 +13,7 @@ from typing import List,Optional
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,fused_adam,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_fuse,fused_adam,scale_,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -36,24 +36,21 @@ def rmsprop_jit_step(
     "A step of RMSProp, with momentum if there is a `grad_avg`"
     if not do_wd: wd = 0.
 
-    fuse = fused and sqr_mom < 1.
+    fuse = fused and can_fuse(0., sqr_mom) and mom >= 0.
     if not (fuse and decouple_wd): grads = weight_decay(params, grads, lr, wd, decouple_wd)
-    if grad_avg is not None: average_grad(grad_avg, grads, mom)
-
     if fuse:
-        # 1 - β2**many is 1: no debiasing
-        decay,many = wd if decouple_wd else 0.,1 << 53
+        decay = wd if decouple_wd else 0.
         if grad_avg is None:
             # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that: the kernel writes back what it read
             # (of an infinite one NaN, which is what the parameter becomes)
-            fused_adam(params, grads, grads, sqr_avg, many, lr, 0., sqr_mom, eps, decay, True)
+            fused_adam(params, grads, grads, sqr_avg, lr, 0., sqr_mom, eps, decay, True)
         else:
-            # With β1 as close below 1 as can be, the kernel leaves the average as it is: β1·m + (1-β1)·g rounds to m. It debiases
-            # by c, so lr·c goes in its place; (lr·c)·(wd/c) = lr·wd leaves decoupled decay as it was
-            keep = 1 - 2.**-53
-            c = 1 - keep**many
-            fused_adam(params, grads, grad_avg, sqr_avg, many, lr*c, keep, sqr_mom, eps, decay/c, True)
+            # β1 = μ/(1+μ) gives β1·m + (1-β1)·g = (μ·m + g)/(1+μ)
+            scale = 1 + mom
+            fused_adam(params, grads, grad_avg, sqr_avg, lr*scale, mom/scale, sqr_mom, eps, decay/scale, True)
+            scale_(grad_avg, scale)
         return
+    if grad_avg is not None: average_grad(grad_avg, grads, mom)
     average_sqr_grad(sqr_avg, grads, sqr_mom)
     adam_update(params, grads if grad_avg is None else grad_avg, sqr_avg, lr, eps)
 

@@ -50,9 +50,9 @@ def same_state(ours, theirs, tol):
     "Have both optimizers the same hypers and the same state, in keys, types and values?"
     assert [dict(h) for h in ours.hypers] == [dict(h) for h in theirs.hypers]
     for i,((p,_,s,_),(q,_,t,_)) in enumerate(zip(ours.all_params(), theirs.all_params())):
-        t = {k:v for k,v in t.items() if k != 'local_lr'}  # fastai's Larc leaves its last learning rate there
         assert s.keys() == t.keys(), f'state of parameter {i}'
         for k in s:
+            if k == 'local_lr': t[k] = torch.as_tensor(t[k], dtype=s[k].dtype, device=s[k].device)  # fastai's is a number where it is `lr`
             assert type(s[k]) is type(t[k]), (i,k)
             if isinstance(s[k], torch.Tensor): close(s[k], t[k], tol, f'{k} of parameter {i}')
             else: assert s[k] == t[k], (i,k)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine,initialize,invariant,rule,
 from fastcore.foundation import L
 from torch import nn
 
-from fastxtend_jit import optimizer,plan
+from fastxtend_jit import plan
 from tests.cases import *
 
 N   = int(os.environ.get('FASTXTEND_FUZZ', 0))
@@ -45,7 +45,7 @@ class Game(RuleBasedStateMachine):
         self.case = data.draw(pick([c for c in CASES if c.jit is self.jit]))
         if self.jit is ranger_jit: self.case = Case(self.case.native, self.jit, {**self.case.kw, 'k':k})
         self.patch.setattr(plan, 'batch_size', batch)
-        if not fused: self.patch.setattr(optimizer, 'has_fused', lambda *_: False)
+        if not fused: self.patch.setattr(plan, 'has_fused', lambda *_: False)
         self.layouts = [how for _,how,_ in specs]
         torch.manual_seed(seed)
         # what rounding leaves of a difference is nothing to go by, so float32 only where other elements set the scale

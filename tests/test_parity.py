@@ -59,7 +59,7 @@ def truth_of(case, dev, **kw):
 @pytest.mark.parametrize('path', ['foreach','uncompiled','uncompiled foreach','small batches'])
 def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on Apple's mps; without TorchScript, as on Python 3.14; and cut into many small batches"
-    if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.optimizer.has_fused', lambda *_: False)
+    if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.plan.has_fused', lambda *_: False)
     if 'uncompiled' in path:
         step = globals()[case.jit.__name__+'_step']
         monkeypatch.setitem(vars(step), 'compiled', step.fn)
