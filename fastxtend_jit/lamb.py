@@ -13,7 +13,7 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,norms,weight_decay
+from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,norms,sub_scaled_,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -33,25 +33,26 @@ def lamb_jit_step(
     do_wd:bool=True, # Do these parameters take weight decay?
     decouple_wd:bool=True, # True weight decay? Otherwise L2 regularization
     fused:bool=True, # Use ATen's fused kernel?
-    flat:bool=False # Are these dense tensors in a CPU's memory?
+    flat:bool=False, # Are these dense tensors in a CPU's memory?
+    slow_numbers:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of LAMB"
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
 
     # Adam's step by itself: from zero, with a learning rate of -1
-    update = [torch.zeros_like(p) for p in params]
-    if fused and can_fuse(mom, sqr_mom): fused_adam(update, grads, grad_avg, sqr_avg, -1., mom, sqr_mom, eps, 0., True, debias1, debias2)
+    update = [torch.empty_like(p) for p in params]
+    torch._foreach_zero_(update)
+    if fused and can_fuse(mom, sqr_mom): fused_adam(update, grads, grad_avg, sqr_avg, step, -1., mom, sqr_mom, eps, 0., True)
     else:
         average_grad(grad_avg, grads, mom, 1-mom)
         average_sqr_grad(sqr_avg, grads, sqr_mom)
         adam_update(update, grad_avg, sqr_avg, -1./debias1, eps, debias2)
 
     r1,r2 = norms(params, flat),norms(update, flat)
-    q = r1/r2
-    q = torch.where(q > 10., 10., q)
-    q = torch.where((r1 == 0.) | (r2 == 0.), 1., q)
-    torch._foreach_addcmul_(params, update, (q*lr).unbind(), -1.)
+    q = r1.div(r2).clamp_(max=10.)
+    q.masked_fill_((r1 == 0.).logical_or_(r2 == 0.), 1.)
+    sub_scaled_(params, update, q.mul_(lr), slow_numbers)
 
 # %% ../nbs/16_lamb.ipynb #ebbe425d
 def lamb_jit(

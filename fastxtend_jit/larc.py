@@ -13,7 +13,7 @@ from typing import List,Optional
 import torch
 from torch import Tensor
 
-from .fragments import average_grad,norms,weight_decay
+from .fragments import average_grad,norms,sub_scaled_,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -33,23 +33,24 @@ def larc_jit_step(
     do_wd:bool=True, # Do these parameters take weight decay?
     decouple_wd:bool=True, # True weight decay? Otherwise L2 regularization
     fused:bool=True, # Use ATen's fused kernel?
-    flat:bool=False # Are these dense tensors in a CPU's memory?
+    flat:bool=False, # Are these dense tensors in a CPU's memory?
+    slow_numbers:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of LARC, or of LARS if not `clip`"
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
 
     # as in fastai, `wd` counts here also where `do_wd` is off
     p_norm,g_norm = norms(params, flat),norms(grads, flat)
-    trust = lr*trust_coeff * p_norm / (g_norm + p_norm*wd + eps)
-    local_lr.copy_(torch.where(trust < lr, trust, lr) if clip else trust)
-    lrs = local_lr.unbind()
+    trust = p_norm.mul(lr*trust_coeff).div_(p_norm.mul(wd).add_(g_norm).add_(eps))
+    local_lr.copy_(torch.fmin(trust, torch.full_like(trust, lr)) if clip else trust)  # of NaN, `lr`
 
-    if fused and flat and len(params) == 1 and grad_avg is not None and mom != 0.:
-        torch._fused_sgd_(params, grads, grad_avg, weight_decay=0., momentum=mom, lr=lrs[0], dampening=0., nesterov=False,
-                          maximize=False, is_first_step=False)
-        return
-    if grad_avg is not None: average_grad(grad_avg, grads, mom)
-    torch._foreach_addcmul_(params, grads if grad_avg is None else grad_avg, lrs, -1.)
+    if grad_avg is not None:
+        if fused and flat and len(params) == 1 and mom > 0.:
+            torch._fused_sgd_(params, grads, grad_avg, weight_decay=0., momentum=mom, lr=local_lr[0], dampening=0., nesterov=False,
+                              maximize=False, is_first_step=False)
+            return
+        average_grad(grad_avg, grads, mom)
+    sub_scaled_(params, grads if grad_avg is None else grad_avg, local_lr, slow_numbers)
 
 # %% ../nbs/15_larc.ipynb #a4e6b302
 def larc_jit(

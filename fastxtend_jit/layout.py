@@ -27,7 +27,7 @@ def local(
 def memory_order(
     t:Tensor # Strided tensor
 ) -> tuple:
-    "Strides of `t` in its dimensions that have more than one element: equal for tensors of one shape that lie in memory in one order"
+    "Strides of `t` in dimensions of more than one element: equal for tensors of one shape that lie in memory in one order"
     return tuple(s for s,n in zip(t.stride(), t.shape) if n > 1)
 
 def is_dense(
@@ -74,29 +74,32 @@ def shares_itself(
     return memory.sum().item() < t.numel()*t.element_size()
 
 def find_shared(
-    ts:list # Tensors, of which those without elements or memory of their own are left out
+    ts:list, # Tensors, of which those without elements or memory of their own are left out
+    read:list=() # More of them, which may have bytes in common with each other
 ) -> tuple|None:
-    "Positions of two tensors that have a byte in common, the earlier one first, or `None`"
-    by_device = {}
-    for i,t in enumerate(ts):
+    "Positions of two tensors with a byte in common, the earlier one first, or `None`; those of `read` count on from `ts`"
+    every,by_device = [*ts,*read],{}
+    for i,t in enumerate(every):
         if is_plain(t) and t.numel() and t.data_ptr(): by_device.setdefault(t.device, []).append((*stretch(t),i))
     for spans in by_device.values():
         spans.sort()
         first = reach = 0  # of those whose stretches meet
         for k,(a,b,_) in enumerate([*spans, (1<<64,0,0)]):
             if a >= reach:
-                if k-first > 1 and (pair := _meet(ts, spans[first:k], reach)): return pair
+                if k-first > 1 and (pair := _meet(every, spans[first:k], reach, len(ts))): return pair
                 first = k
             reach = max(reach, b)
 
-def _meet(ts, spans, end):
-    "Positions of two tensors that meet, of those in `spans`"
-    start,memory = spans[0][0],torch.zeros(end-spans[0][0], dtype=torch.bool, device='cpu')
-    for k,(*_,j) in enumerate(spans):
+def _meet(ts, spans, end, n):
+    "Positions of two tensors that meet, of those in `spans`; from the `n`-th on, they may meet each other"
+    start = spans[0][0]
+    memory = torch.zeros(end-start, dtype=torch.bool, device='cpu')
+    order = sorted(i for *_,i in spans)
+    for k,j in enumerate(order):
         mine = _cells(ts[j], memory, start)
         if mine.any():
-            for *_,i in spans[:k]:
+            for i in order[:k]:
                 memory.zero_()
                 _cells(ts[i], memory, start).fill_(True)
-                if mine.any(): return min(i,j),max(i,j)
-        mine.fill_(True)
+                if i < n and mine.any(): return i,j
+        if j < n: mine.fill_(True)

@@ -12,6 +12,7 @@ __all__ = ['batch_size', 'small_size', 'Slot', 'Key', 'Bucket', 'make_batches', 
 from bisect import bisect_left
 from dataclasses import dataclass,field
 from itertools import accumulate,chain
+from numbers import Real
 from operator import is_
 from typing import NamedTuple
 from weakref import ref
@@ -19,8 +20,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .fragments import has_fused
 from .layout import find_shared,flat,is_dense,is_plain,local,memory_order,shares_itself,stretch
+from .proof import check_compiled,fused_fault
 from .script import JitStep
 
 # %% ../nbs/02_plan.ipynb #5432e989
@@ -33,6 +34,7 @@ class Slot:
     i:int # Position among all parameters
     param:Tensor # Parameter
     state:list=field(default_factory=list) # Its state, in the order of the step's arguments
+    strides:tuple=None # Of the parameter, if its gradient has others that come to the same
     new:dict=field(default_factory=dict) # State made for it that is not yet the optimizer's
 
 class Key(NamedTuple):
@@ -60,16 +62,19 @@ class Bucket:
         self.key,self.taken = key,key.step
         self.batches,self.slots,self.views = make_batches(key, slots, step.elementwise, 'flat' in step.args)
         self.at = [s.i for s in self.slots]
-        args = [[s.param.data if is_plain(s.param) or local(s.param) is not s.param else s.param for s in self.slots]]
-        for k,n in enumerate(state_names): args.append(self._vector(k, n) if n in step.numbers else [s.state[k] for s in self.slots])
-        self.lists = [step.hold(self.nest(ts)) for ts in args]
-        self.uncut = [step.hold(self.nest(ts, True)) for ts in args] if step.in_place and len(self.batches) > 1 else None
+        self.viewed = [k for k,s in enumerate(self.slots) if s.strides and not (key.copied or key.flat)]
+        data = lambda p: p.data if is_plain(p) or local(p) is not p else p
+        args = [[data(s.param) for s in self.slots]]
+        for k,n in enumerate(state_names):
+            args.append(self._vector(k, n) if n in step.numbers else [s.state[k] for s in self.slots])
+        self.lists,self.uncut = [step.hold(self.nest(ts)) for ts in args],None
+        if step.in_place and len(self.batches) > 1: self.uncut = [step.hold(self.nest(ts, True)) for ts in args]
 
     def _vector(self, k, name):
         "State that is one number for each parameter: a vector, whose elements are the state from now on"
         p,old = self.slots[0].param,[s.state[k] for s in self.slots]
-        if all(v is None for v in old): vector = p.new_zeros(len(old))
-        else: vector = torch.stack([v.to(p) if isinstance(v, Tensor) else p.new_full((), v or 0.) for v in old])
+        single = lambda v: v.to(p).reshape(()) if isinstance(v, Tensor) else p.new_full((), v or 0.)
+        vector = p.new_zeros(len(old)) if all(v is None for v in old) else torch.stack([*map(single, old)])
         for s,v in zip(self.slots, vector.unbind()): s.state[k] = s.new[name] = v
         return vector
 
@@ -93,6 +98,7 @@ class Bucket:
     ) -> list:
         "Parameters, gradients and state, as `JitStep.over` takes them"
         gs = [grads[i] for i in self.at]
+        for k in self.viewed: gs[k] = gs[k].as_strided(self.slots[k].param.shape, self.slots[k].strides)
         if self.key.copied: gs = [torch.empty_like(s.param).copy_(g) for s,g in zip(self.slots, gs)]
         params,*state = self.uncut if whole else self.lists
         return [params, self.nest(gs, whole), *state]
@@ -104,18 +110,20 @@ def make_batches(
     elementwise:bool, # May tensors be cut into pieces?
     shapeless:bool=False # Does the step not care for shapes either?
 ) -> tuple:
-    "First slot, last slot and length of pieces (0 for whole tensors) of each batch; the slots in order; do they go in one-dimensional?"
+    "First slot, last slot and length of pieces (0 for none) of each batch; the slots in order; do they go in one-dimensional?"
     cut = batch_size if elementwise else batch_size//8
     tensor = lambda s: local(s.param) if key.shards else s.param
     size = lambda s: tensor(s).numel()
-    # small tensors together, then the large ones. A shard without elements comes last, and is in no batch: its steps are counted, as in other processes
+    # small tensors together, then the large ones. A shard without elements comes last, and is in no batch:
+    # its steps are counted, as they are in other processes
     slots = sorted(slots, key=lambda s: (size(s) == 0, key.flat and size(s) > cut))
     full = [s for s in slots if size(s)]
     if not key.flat: return ([(0, len(full), 0)] if full else []),slots,False
     batches,n = [],0
     for i,s in enumerate(full):
         m = size(s)
-        piece = -(-m // -(-m//cut) // 16)*16 if elementwise and m > cut else 0  # of about one length, at whole cache lines
+        # pieces of about one length, at whole cache lines
+        piece = -(-m // -(-m//cut) // 16)*16 if elementwise and m > cut else 0
         if not batches or n+m > cut: batches.append((i, i, 0)); n = 0
         batches[-1] = (batches[-1][0], i+1, piece); n += m
     return batches,slots,(elementwise or shapeless) and not all(tensor(s).is_contiguous() for s in full)
@@ -128,17 +136,23 @@ def check_grad(
 ):
     "Raise if a step cannot use gradient `g` of parameter `p`"
     if g.layout != torch.strided:
-        raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which compiled steps do not take: make it dense, for an embedding by `sparse=False`.")
+        raise TypeError(f"The gradient of {where} is sparse ({g.layout}), which compiled steps do not take: "
+                        "make it dense, for an embedding by `sparse=False`.")
     if p.is_complex() or g.is_complex():
-        raise TypeError(f"{where} or its gradient is complex, which compiled steps do not take: optimize `torch.view_as_real` of it.")
+        raise TypeError(f"{where} or its gradient is complex, which compiled steps do not take: "
+                        "optimize `torch.view_as_real` of it.")
     if not p.is_floating_point() or p.dtype.itemsize == 1:
-        raise TypeError(f"{where} is of {p.dtype}, with which no step can be computed: keep it in floating point of 16 bits or more, or give it no gradient.")
+        raise TypeError(f"{where} is of {p.dtype}, with which no step can be computed: "
+                        "keep it in floating point of 16 bits or more, or give it no gradient.")
     for a in ('shape','dtype','device','device_mesh'):
-        if getattr(p, a, None) != getattr(g, a, None):
-            raise ValueError(f"The gradient of {where} has {a} {getattr(g, a, None)}, but the parameter has {getattr(p, a, None)}. They have to be alike: compute it again after changing the parameter.")
-    if p.is_neg(): raise ValueError(f"{where} is a view that negates its memory, which kernels cannot write to: pass its `resolve_neg()`.")
+        x,y = getattr(p, a, None),getattr(g, a, None)
+        if x != y: raise ValueError(f"The gradient of {where} has {a} {y}, but the parameter has {x}. "
+                                    "They have to be alike: compute it again after changing the parameter.")
+    if p.is_neg():
+        raise ValueError(f"{where} is a view that negates its memory, which kernels cannot write to: pass its `resolve_neg()`.")
     if is_plain(p) and p.data_ptr() and shares_itself(p):
-        raise ValueError(f"Elements of {where} share memory (strides {p.stride()}): pass the tensor it was expanded from.")
+        raise ValueError(f"Elements of {where} share memory (strides {p.stride()}): "
+                         "pass the tensor it was expanded from.")
 
 def check_state(
     p:Tensor, # Parameter
@@ -149,45 +163,58 @@ def check_state(
     number:bool=False # Is it one number?
 ):
     "Raise if `t` cannot be state `name` of parameter `p`"
+    what,mend = f'State `{name}` of {where}','load a fitting state, or call `clear_state()`'
     if number:
-        if isinstance(t, (int,float)) or isinstance(t, Tensor) and t.numel() == 1 and not t.is_complex(): return
-        raise TypeError(f"State `{name}` of {where} has to be one number, but is {t!r}: call `clear_state()` or load a fitting state.")
-    if not isinstance(t, Tensor): raise TypeError(f"State `{name}` of {where} is a {type(t).__name__}, not a tensor: call `clear_state()` or load a fitting state.")
-    if 'device' not in attrs and t.is_meta and not p.is_meta: raise ValueError(f"State `{name}` of {where} is on the device `meta` and has no values: load a fitting state, or call `clear_state()`.")
+        if isinstance(t, Real) or isinstance(t, Tensor) and t.numel() == 1 and not t.is_complex(): return
+        raise TypeError(f"{what} has to be one number, but is {t!r}: {mend}.")
+    if not isinstance(t, Tensor): raise TypeError(f"{what} is a {type(t).__name__}, not a tensor: {mend}.")
+    if 'device' not in attrs and t.is_meta and not p.is_meta:
+        raise ValueError(f"{what} is on the device `meta` and has no values: {mend}.")
     for a in attrs:
-        if getattr(p, a, None) != getattr(t, a, None):
-            raise ValueError(f"State `{name}` of {where} has {a} {getattr(t, a, None)}, but the parameter has {getattr(p, a, None)}: convert it, load a fitting state, or call `clear_state()`.")
+        x,y = getattr(p, a, None),getattr(t, a, None)
+        if x != y: raise ValueError(f"{what} has {a} {y}, but the parameter has {x}: convert it, {mend}.")
 
 # %% ../nbs/02_plan.ipynb #cd4ffa69
 def _every(f, ts): return [*map(f, ts)]
 
+def _layout(t):
+    "Of a tensor without memory of its own"
+    placements = getattr(t, 'placements', None),getattr(t.grad, 'placements', None)
+    return t.shape,t.stride(),t is local(t) or local(t).data_ptr(),*placements
+
 class Memory:
-    "Where all that a step writes and reads lies in memory, and how: what a plan was made from; raises if parameters and state overlap"
+    "Where all that a step writes and reads lies, and how: what a plan was made from; raises if parameters and state overlap"
     def __init__(self,
         params:list, # Pairs of name and tensor: parameters that take a step
         state:list, # Likewise: their state
         groups:list, # Numbers of parameters in each group
-        grads:list # Gradients of all parameters, `None` included
+        grads:list, # Gradients of all parameters, `None` included
+        used:list # Positions of the parameters that take a step
     ):
         written = params+state
         if pair := find_shared([local(t) for _,t in written]):
             a,b = (written[i][0] for i in pair)
-            raise ValueError(f"{b} shares its memory with {a}, and a step writes to both: give each a tensor of its own, or call `clear_state()`.")
+            raise ValueError(f"{b} shares its memory with {a}, and a step writes to both: "
+                             "give each a tensor of its own, or call `clear_state()`.")
         self.params,self.state = ([t for _,t in o if is_plain(t)] for o in (params,state))
         # state in another order is laid out anew, so that these say all there is to know of its strides
         self.contiguous,self.others = ([t for t in self.state if t.is_contiguous() == o] for o in (True,False))
         self.odd = [t for _,t in written if not is_plain(t)]
-        self.names,self.written = [n for n,_ in params],sorted(((*stretch(t),n,t) for n,t in written if is_plain(t) and t.numel() and t.data_ptr()), key=lambda o: o[:2])
+        self.used = [i for i,(_,t) in zip(used, params) if is_plain(t)]
+        self.names = [n for n,t in params if is_plain(t)]
+        spans = [(*stretch(t),n,t) for n,t in written if is_plain(t) and t.numel() and t.data_ptr()]
+        self.written = sorted(spans, key=lambda o: o[:2])
         self.starts,self.ends = [a for a,*_ in self.written],[*accumulate((b for _,b,*_ in self.written), max)]
-        self.columns,self.kinds,self.grads,self.grads_at = self._columns(groups, grads),self._kinds(grads),[None]*len(grads),None
+        self.columns,self.kinds = self._columns(groups, grads),self._kinds(grads)
+        self.grads,self.grads_at = [None]*len(grads),None  # seen last: weak references, and addresses
 
     def _columns(self, groups, grads):
         gs = [g for g in grads if g is not None]
         return dict(groups=groups, without_grad=[g is None for g in grads],
-            params_at=_every(Tensor.data_ptr, self.params), params_stride=_every(Tensor.stride, self.params), params_numel=_every(Tensor.numel, self.params),
-            state_at=_every(Tensor.data_ptr, self.state), state_contiguous=all(map(Tensor.is_contiguous, self.contiguous)), state_stride=_every(Tensor.stride, self.others),
-            grads_stride=_every(Tensor.stride, gs), grads_numel=_every(Tensor.numel, gs),
-            odd=[(t.shape, t.stride(), t is local(t) or local(t).data_ptr(), getattr(t, 'placements', None), getattr(t.grad, 'placements', None)) for t in self.odd])
+            params_at=_every(Tensor.data_ptr, self.params), params_stride=_every(Tensor.stride, self.params),
+            params_numel=_every(Tensor.numel, self.params), state_at=_every(Tensor.data_ptr, self.state),
+            state_contiguous=all(map(Tensor.is_contiguous, self.contiguous)), state_stride=_every(Tensor.stride, self.others),
+            grads_stride=_every(Tensor.stride, gs), grads_numel=_every(Tensor.numel, gs), odd=_every(_layout, self.odd))
 
     def _kinds(self, grads):
         "What of a gradient can change only with it; a parameter has its gradient's dtype"
@@ -201,24 +228,28 @@ class Memory:
         try:
             if self._columns(groups, grads) != self.columns: return False
         except RuntimeError: return False  # a gradient without strides: a sparse one
-        if same([r and r() for r in self.grads], grads): return True
+        if self.grads_at == self._at(grads) and same([r and r() for r in self.grads], grads): return True
         if self._kinds(grads) != self.kinds: return False
         self.grads = [g if g is None else ref(g) for g in grads]
         return True
 
+    def _at(self, grads): return _every(Tensor.data_ptr, [grads[i] for i in self.used])
+
     def check_apart(self,
-        used:list, # Positions of the parameters that take a step
         grads:list # Gradients of all parameters
     ):
         "Raise if a gradient lies where a step writes; looks only if gradients lie elsewhere than before"
-        gs = [grads[i] for i in used]
-        if (at := _every(Tensor.data_ptr, gs)) == self.grads_at: return
-        for name,g,start in zip(self.names, gs, at):
+        if (at := self._at(grads)) == self.grads_at: return
+        near = []  # those whose stretch meets another's
+        for name,i,start in zip(self.names, self.used, at):
+            g = grads[i]
             end = start + g.numel()*g.element_size() if g.is_contiguous() else stretch(g)[1]
             k = bisect_left(self.starts, end)
-            if not k or self.ends[k-1] <= start: continue
-            for *_,where,t in self.written:
-                if find_shared([g, t]): raise ValueError(f"The gradient of {name} lies in the memory of {where}, which a step writes: give it memory of its own, by `clone()`.")
+            if k and self.ends[k-1] > start: near.append((name,g))
+        if near and (pair := find_shared([t for *_,t in self.written], [g for _,g in near])):
+            name,where = near[pair[1]-len(self.written)][0],self.written[pair[0]][2]
+            raise ValueError(f"The gradient of {name} lies in the memory of {where}, which a step writes: "
+                             "give it memory of its own, by `clone()`.")
         self.grads_at = at
 
 # %% ../nbs/02_plan.ipynb #3886da37
@@ -232,35 +263,38 @@ def same(
 def _values(opt): return [*chain.from_iterable(map(dict.values, opt.state.values()))]
 
 class Plan:
-    "The buckets of all parameters that have a gradient, and what they were made from; raises if a step could not be taken"
+    "Buckets of all parameters that have a gradient, and what they were made from; raises if a step could not be taken"
     def __init__(self,
         opt, # Optimizer, which stays as it is
         params:list, # Its parameters, of all groups
         grads:list # Their gradients
     ):
-        self.params,self.step,self.state_names,self.identities = params,opt.opt_step,opt.state_names,None
+        self.params,self.step,self.state_names,self.identities,self.faults = params,opt.opt_step,opt.state_names,None,{}
         self.groups = [*map(len, opt.param_lists)]
         self.places = [(i,j) for i,n in enumerate(self.groups) for j in range(n)]
         self.used = [i for i,(p,g) in enumerate(zip(params, grads)) if g is not None and p.numel()]
         self.rest = [i for i,(p,g) in enumerate(zip(params, grads)) if g is None or not p.numel()]
-        self.names = {i: 'parameter {1} of group {0} (shape {2})'.format(*self.places[i], tuple(params[i].shape)) for i in self.used}
+        name = 'parameter {1} of group {0} (shape {2})'
+        self.names = {i: name.format(*self.places[i], tuple(params[i].shape)) for i in self.used}
         self._check_params(grads)
         slots = {}
         for key,slot in self._slots(opt, grads): slots.setdefault(key, []).append(slot)
         self.buckets = [Bucket(key, ss, self.step, self.state_names) for key,ss in slots.items()]
         slots = sorted((s for b in self.buckets for s in b.slots), key=lambda s: s.i)
         state = [(f'state `{n}` of {self.names[s.i]}',t) for s in slots for n,t in zip(self.state_names, s.state)]
-        self.memory = Memory([(self.names[s.i],s.param) for s in slots], state, self.groups, grads)
+        self.memory = Memory([(self.names[s.i],s.param) for s in slots], state, self.groups, grads, self.used)
 
     def _check_params(self, grads):
         seen = set()
         for i in self.used:
             check_grad(self.params[i], grads[i], self.names[i])
-            if id(self.params[i]) in seen: raise ValueError(f"{self.names[i]} stands in the parameter groups twice: it would take two steps at once. Give it to one group only.")
+            if id(self.params[i]) in seen: raise ValueError(f"{self.names[i]} stands in the parameter groups twice: "
+                                                            "it would take two steps at once. Give it to one group only.")
             seen.add(id(self.params[i]))
         if pair := find_shared([local(self.params[i]) for i in self.used]):
             a,b = (self.names[self.used[k]] for k in pair)
-            raise ValueError(f"{b} shares its memory with {a}: one would undo the other's step. Tie parameters by giving both modules the same one.")
+            raise ValueError(f"{b} shares its memory with {a}: one would undo the other's step. "
+                             "Tie parameters by giving both modules the same one.")
 
     def _slots(self, opt, grads):
         "Each parameter that takes a step, with its state, and what it has to have in common with others of its bucket"
@@ -268,27 +302,48 @@ class Plan:
         dicts,copied = {},0
         for i in self.used:
             p,g,name,st = self.params[i],grads[i],self.names[i],opt.state.get(self.params[i], {})
-            if st and (twin := dicts.setdefault(id(st), name)) is not name: raise ValueError(f"{name} and {twin} have one and the same dict as state: give each its own.")
-            if type(st.get('step', 0)) is not int: raise TypeError(f"The state `step` of {name} has to be a whole number, but is {st['step']!r}.")
+            if st and (twin := dicts.setdefault(id(st), name)) is not name:
+                raise ValueError(f"{name} and {twin} have one and the same dict as state: give each its own.")
+            if type(n := st.get('step', 0)) is not int or not 0 <= n < 2**62:
+                raise TypeError(f"The state `step` of {name} has to be a whole number from 0 on, but is {n!r}.")
             mesh,dense = getattr(p, 'device_mesh', None),is_dense(local(p))
             shards = mesh is not None and self.step.elementwise
             on_cpu = dense and p.is_cpu and is_plain(local(p) if shards else p)
             slot = Slot(i, p)
-            # a gradient that does not lie in memory like its parameter is copied at each step, those of a bucket at once: so these are no larger than a batch
-            copy = g.is_neg() or dense and memory_order(local(g)) != memory_order(local(p)) or getattr(g, 'placements', None) != getattr(p, 'placements', None)
+            # a gradient that does not lie in memory like its parameter is copied at each step, those of a bucket at once:
+            # so these are no larger than a batch
+            copy = g.is_neg() or dense and memory_order(local(g)) != memory_order(local(p))
+            copy = copy or getattr(g, 'placements', None) != getattr(p, 'placements', None)
             if copy: copied += p.numel()
-            for n in self.state_names: slot.state.append(self._state(slot, opt._get_state(i, st, n), n, dense))
-            if slot.new and 'step' in self.step.args: slot.new.setdefault('step', st.get('step', 0))
-            yield Key(group=self.places[i][0], do_wd=st.get('do_wd', True), step=st.get('step', 0), flat=on_cpu, shards=shards, dtype=p.dtype, device=p.device, mesh=mesh,
-                      fused=dense and has_fused(p.device.type, p.dtype) and (shards or mesh is None),  # these kernels know no `DTensor`
-                      small=on_cpu and small_ones > 20 and local(p).numel() <= small_size,  # then a call for them alone is worth its time
-                      copied=copy and 1 + copied//batch_size),slot
+            # PyTorch 2.4 compares strides on CUDA also in dimensions of size 1: a view has the parameter's
+            elif dense and local(g) is g and g.stride() != p.stride(): slot.strides = p.stride()
+            for s in self.state_names: slot.state.append(self._state(slot, opt._get_state(i, st, s), s, dense, on_cpu))
+            if slot.new and 'step' in self.step.args: slot.new.setdefault('step', n)
+            key = Key(group=self.places[i][0], do_wd=st.get('do_wd', True), step=n, flat=on_cpu, shards=shards,
+                      dtype=p.dtype, device=p.device, mesh=mesh, copied=copy and 1 + copied//batch_size,
+                      fused=dense and (shards or mesh is None),  # the kernels know no `DTensor`, and no gaps
+                      # if there are many small ones, a call for them alone is worth its time
+                      small=on_cpu and small_ones > 20 and local(p).numel() <= small_size)
+            yield key._replace(fused=key.fused and not self.fault(opt, key)),slot
 
-    def _state(self, slot, t, name, dense):
+    def fault(self,
+        opt, # Optimizer
+        key:Key # Of a bucket
+    ) -> str:
+        "Why a bucket cannot have its step's fused form, empty if it can; raises if the step was not compiled to what it says"
+        key = key._replace(step=0, small=False, copied=0, mesh=None)
+        if key not in self.faults:
+            scalars = opt._read_scalars(key, 0)
+            check_compiled(self.step, self.state_names, scalars, opt._varying)
+            self.faults[key] = fused_fault(self.step, self.state_names, key.device, key.dtype, scalars)
+        return self.faults[key]
+
+    def _state(self, slot, t, name, dense, on_cpu):
         "State `name`, which is `t`: as it is, laid out like the parameter, or zeros"
         p,number = slot.param,name in self.step.numbers
         if t is not None: check_state(p, t, name, self.names[slot.i], number=number)
-        if number or t is not None and not t.is_neg() and (not dense or memory_order(local(t)) == memory_order(local(p))): return t
+        order = memory_order if on_cpu else Tensor.stride
+        if number or t is not None and not t.is_neg() and (not dense or order(local(t)) == order(local(p))): return t
         slot.new[name] = torch.zeros_like(p) if t is None else torch.empty_like(p).copy_(t)
         return slot.new[name]
 
@@ -304,7 +359,7 @@ class Plan:
     def commit(self,
         opt # Optimizer
     ):
-        "Make the state of a new plan the optimizer's, of each parameter at once, so that it is one that can be loaded, whenever it is looked at"
+        "Make the state of a new plan the optimizer's, of each parameter at once: it can be loaded whenever it is looked at"
         if self.identities is not None: return
         for b in self.buckets:
             for s in b.slots:
@@ -324,9 +379,12 @@ class Plan:
     def note(self,
         opt # Optimizer
     ):
-        "The first step is through: what there is now is what the next has to find, but for the steps that `count` counts"
+        "The first step is through: what there is now is what the next has to find, but for what `count` counts"
         if self.identities is not None: return
         self.identities,self.values = opt._contents(),_values(opt)
         if self.dicts is None: return
-        at = {id(st):i for i,st in enumerate(chain.from_iterable([st]*len(st) for st in opt.state.values()))}  # of the last value of each dict
-        self.counted = [[at[id(st)] - len(st) + 1 + [*st].index('step') for st in sts] for sts in self.dicts]
+        at,n = {},0
+        for st in opt.state.values():
+            at[id(st)] = n + [*st].index('step') if 'step' in st else None
+            n += len(st)
+        self.counted = [[at[id(st)] for st in sts] for sts in self.dicts]

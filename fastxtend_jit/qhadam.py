@@ -46,7 +46,7 @@ def qhadam_jit_step(
         size = nu_1/debias1 + 1 - nu_1
         r = 1 + debias1*(1-nu_1)/nu_1
         if not decouple_wd: grads = weight_decay(params, grads, lr, wd, False)
-        fused_adam(params, grads, grad_avg, sqr_avg, lr*size, mom/r, sqr_mom, eps, wd/size if decouple_wd else 0., True, 1., debias2)
+        fused_adam(params, grads, grad_avg, sqr_avg, step, lr*size, mom/r, sqr_mom, eps, wd/size if decouple_wd else 0., True, debias_first=False)
         if r != 1.: torch._foreach_lerp_(grad_avg, grads, 1-r)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)

@@ -43,11 +43,11 @@ def rmsprop_jit_step(
         if grad_avg is None:
             # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that: the kernel writes back what it read
             # (of an infinite one NaN, which is what the parameter becomes)
-            fused_adam(params, grads, grads, sqr_avg, lr, 0., sqr_mom, eps, decay, True)
+            fused_adam(params, grads, grads, sqr_avg, 0, lr, 0., sqr_mom, eps, decay, True)
         else:
             # β1 = μ/(1+μ) gives β1·m + (1-β1)·g = (μ·m + g)/(1+μ)
             scale = 1 + mom
-            fused_adam(params, grads, grad_avg, sqr_avg, lr*scale, mom/scale, sqr_mom, eps, decay/scale, True)
+            fused_adam(params, grads, grad_avg, sqr_avg, 0, lr*scale, mom/scale, sqr_mom, eps, decay/scale, True)
             scale_(grad_avg, scale)
         return
     if grad_avg is not None: average_grad(grad_avg, grads, mom)

@@ -41,7 +41,7 @@ def _compile(fn):
     return fn
 
 # %% ../nbs/00_script.ipynb #55988b8c
-given = dict(step=int, do_wd=bool, fused=bool, flat=bool)  # arguments that the optimizer itself fills in
+given = dict(step=int, do_wd=bool, fused=bool, flat=bool, slow_numbers=bool)  # arguments that the optimizer itself fills in
 _kept = ('do_wd','force_train')  # what fastai keeps in a parameter's state
 _set  = ('lr','mom','wd')        # hypers that fastai sets for any optimizer
 
@@ -76,6 +76,7 @@ class JitStep:
         self.check_given({**given, 'decouple_wd':bool})
         for p in ps[2:]:
             if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD): self._bad(f"argument `{p.name}` has to be positional; TorchScript has no `*` arguments.")
+            if not p.name.isascii(): self._bad(f"argument `{p.name}` has to be spelled in ASCII, as TorchScript reads it.")
             if p.default is not p.empty: self.defaults[p.name] = p.default
             if p.name in given: continue
             if p.annotation == List[Tensor]:             self.state.append(p.name)
@@ -85,9 +86,9 @@ class JitStep:
             elif p.annotation in (bool,int):             self.consts.append(p.name)
             else: self._bad(f"argument `{p.name}` has to be annotated `List[Tensor]` or `Optional[List[Tensor]]` (state), `Tensor` (a number for each parameter), `float` (hyper), "
                             f"or `bool` or `int` (constant), but is {'not annotated' if p.annotation is p.empty else f'annotated `{p.annotation}`'}.")
-        for n in self.state:
-            if n in _kept: self._bad(f"fastai keeps something else as `{n}` in a parameter's state: give that state another name.")
-            if n in _set:  self._bad(f"argument `{n}` is annotated `{self.__signature__.parameters[n].annotation}`, as state, but fastai sets `{n}` for any optimizer, as a hyper: annotate it `float`, or give it another name.")
+        for n in self.state + self.consts:
+            if n in _kept: self._bad(f"fastai keeps something else as `{n}` in a parameter's state: give that argument another name.")
+            if n in _set:  self._bad(f"argument `{n}` is annotated `{self.__signature__.parameters[n].annotation}`, but fastai sets `{n}` for any optimizer, as a hyper: annotate it `float`, or give it another name.")
         if self.numbers and self.elementwise:
             self._bad(f"an elementwise step may get a tensor in pieces, and so cannot keep {', '.join(self.numbers)}, a number for each parameter: leave `elementwise` off.")
         self.scalars = {p.name:p.annotation for p in ps[2:] if p.name not in self.state}
@@ -154,10 +155,11 @@ def over({', '.join(f'a{j}: {t}' for j,t in enumerate(types))}):
 
 @patch
 def over(self:JitStep,
-    states:tuple # States that there are; an optional one that is not among them is `None` for every batch
+    states:tuple, # States that there are; an optional one that is not among them is `None` for every batch
+    compiled:bool=True # As TorchScript compiled it, or as plain Python?
 ) -> Callable:
     "The step over many batches: it takes params, grads and `states`, each as a list with an item for each batch, then the scalars, in order"
-    return _over(self.compiled, (*self.args[:2],*states), tuple(self.numbers), tuple(n for n in self.state if n not in states),
+    return _over(self.compiled if compiled else self.fn, (*self.args[:2],*states), tuple(self.numbers), tuple(n for n in self.state if n not in states),
                  tuple((n, to.__name__) for n,to in self.scalars.items()))
 
 @contextmanager

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/10_sgd.ipynb #d293ac5a
-@jit_step(elementwise=True, in_place=lambda fused,mom,decouple_wd,**_: fused and (mom!=0 or decouple_wd))
+@jit_step(elementwise=True, in_place=lambda fused,mom,decouple_wd,**_: fused and (mom>0 or decouple_wd))
 def sgd_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients
@@ -33,7 +33,7 @@ def sgd_jit_step(
     "A step of SGD, with momentum if there is a `grad_avg`"
     if not do_wd: wd = 0.
 
-    if fused and (grad_avg is None or mom != 0.):  # with `momentum=0`, the kernel would leave `grad_avg` as it is
+    if fused and (grad_avg is None or mom > 0.):  # with `momentum=0`, the kernel would leave `grad_avg` as it is; on CUDA it has to be positive
         if decouple_wd: weight_decay(params, grads, lr, wd, True)
         torch._fused_sgd_(params, grads, [] if grad_avg is None else grad_avg, weight_decay=0. if decouple_wd else wd,
                           momentum=0. if grad_avg is None else mom, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)

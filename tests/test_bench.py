@@ -116,10 +116,11 @@ def test_bare_step(name):
 
 def test_import_time(): assert 0 < import_time() < 60
 
-def test_cuda_calls():
-    t = cuda_calls(lambda: nn.Sequential(nn.Linear(2,2), nn.Linear(2,2))).set_index('optimizer')
+def test_cuda_launches():
+    t = cuda_launches(lambda: nn.Sequential(nn.Linear(2,2), nn.Linear(2,2))).set_index('optimizer')
     assert (t.tensors == 4).all() and t.index.tolist() == [*rows]
-    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 calls) and update of each; decay of all, then all the rest
+    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 launches) and update of each; decay of all, then all the rest
+    assert t.ours_to_2_10['lamb'] >= t.ours['lamb'] and t.ours_to_2_10['adam'] == t.ours['adam']
 
 def test_memory_and_calls():
     x = torch.zeros(1000)

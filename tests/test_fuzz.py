@@ -9,12 +9,14 @@ from hypothesis import HealthCheck,settings,strategies as st
 from hypothesis.stateful import RuleBasedStateMachine,initialize,invariant,rule,run_state_machine_as_test
 from fastcore.foundation import L
 from torch import nn
+from torch.nn import functional as F
 
 from fastxtend_jit import plan
 from tests.cases import *
 
 N   = int(os.environ.get('FASTXTEND_FUZZ', 0))
 TOL = {torch.float64: 1e-10, torch.float32: 3e-5}
+EPS = torch.finfo(torch.float32).eps
 
 pick,seeds,index = st.sampled_from,st.integers(0, 2**32-1),st.integers(0, 9)
 lists  = lambda s: st.lists(s, min_size=1, max_size=6)  # dealt out to parameters or groups in turn
@@ -31,11 +33,51 @@ def lay(t, how):
     if how == 'offset':                         return t.new_empty(t.numel()+3)[3:].view(t.shape).copy_(t)
     return t.clone(memory_format=torch.contiguous_format)
 
+# How far may float32 be from the truth, fastai's optimizer in float64 with the same gradients? Errors obey its own
+# recurrences. Of weights off by up to `e` and gradients by `d`, decay leaves `(1-lr*wd)*e`, and L2 makes `d + wd*e`;
+# the average of gradients is off by up to that of `d`, and the root of that of squares, a norm, by up to the root of
+# that of `d*d`. So fastai's optimizer keeps these bounds itself, if it gets `e` for weights and `d` for gradients, at
+# first `EPS` of the true ones. Only its step differs: `u = a/s`, of which `a` is off by up to `da` and `s` by `ds`, is
+# off by up to `(da + |u|*ds)/(s-ds)`. That is a few `EPS` of `u`. But where `|g + wd*p|` nears `EPS*(|g| + wd*|p|)`,
+# and `s` has seen nothing larger, rounding is divided by rounding: `s-ds` is gone, and only the hyper `eps` limits it.
+@torch.no_grad()
+def widen(e, p, g, h, jit, grad_avg=None, sqr_avg=None, **_):
+    "Widen `e` by how far off a step may be; the truth takes it from `p` with gradients `g`, hypers and state `h`"
+    lr,n1,n2 = h.get('local_lr', h['lr']),h.get('nu_1', 1.),h.get('nu_2', 1.)
+    d1,d2 = [1 - h[m]**h['step'] if 'step' in h else 1. for m in ('mom','sqr_mom')]
+    u,du = g,e.grad
+    if grad_avg is not None: u,du = g.lerp(h['grad_avg']/d1, n1),abs(1-n1)*du + n1*grad_avg/d1
+    r = 2/(1-h['sqr_mom']) - 1 - 2*h['step']*(1-d2)/d2 if 'beta' in h else math.inf  # RAdam divides once this is over 5
+    if sqr_avg is not None and r > 5:
+        s,ds = [(x*x).lerp(v/d2, n2).sqrt() for x,v in ((g,h['sqr_avg']),(e.grad,sqr_avg))]
+        s,low = [x.relu() + h['eps'] for x in (s,s-ds)]
+        if h.get('beta'): s,low = F.softplus(s, h['beta']),F.softplus(low, h['beta'])
+        u = u/s
+        du = (du + ds*u.abs())/low
+    if jit is lamb_jit and p.any() and u.any():  # its norms are off by up to those of `e` and `du`
+        r1,e1,r2,e2 = [x.square().mean().sqrt() for x in (p,e,u,du)]
+        low,q,high = [x.clamp(max=10) for x in ((r1-e1).relu()/(r2+e2), r1/r2, (r1+e1)/(r2-e2).relu())]
+        u,du = q*u,high*du + torch.maximum(high-q, q-low)*u.abs()
+    e += lr*du + EPS*(p.abs() + lr*u.abs())
+
+@torch.no_grad()
+def near(ours, theirs, truth, e, what):
+    "Is `ours` as `theirs`, or, in float32, as the truth, give or take `e`?"
+    tol = TOL[theirs.dtype]
+    if theirs.dtype == torch.float64: return close(ours, theirs, tol, what)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
+    fin = theirs.isfinite()
+    truth = truth.where(fin, theirs)
+    # up to twice what fastai's is off beyond `e`, which leaves out how a lookahead rounds if weights were set to zero
+    e = e + 2*((theirs-truth).abs() - e).where(fin, 0.).relu().max()
+    close((ours + (truth-ours).clamp(-e, e)).where(fin, ours), truth, tol, what)
+
 class Game(RuleBasedStateMachine):
-    "fastai's optimizer is the model. `self.opts` are fastai's and ours, each with its own parameters as `ps`"
+    """fastai's optimizer is the model. `self.opts` are fastai's, ours, the truth, and the bounds on float32's errors,
+    each with its own parameters as `ps`"""
     def __init__(self, jit):
         super().__init__()
-        self.jit,self.patch,self.hows,self.scale = jit,pytest.MonkeyPatch(),['new'],1.
+        self.jit,self.patch,self.hows,self.scale,self.calls = jit,pytest.MonkeyPatch(),['new'],1.,[]
 
     def teardown(self): self.patch.undo()
 
@@ -45,43 +87,53 @@ class Game(RuleBasedStateMachine):
         self.case = data.draw(pick([c for c in CASES if c.jit is self.jit]))
         if self.jit is ranger_jit: self.case = Case(self.case.native, self.jit, {**self.case.kw, 'k':k})
         self.patch.setattr(plan, 'batch_size', batch)
-        if not fused: self.patch.setattr(plan, 'has_fused', lambda *_: False)
+        if not fused: self.patch.setattr(plan, 'fused_fault', lambda *_: 'none')
         self.layouts = [how for _,how,_ in specs]
         torch.manual_seed(seed)
         # what rounding leaves of a difference is nothing to go by, so float32 only where other elements set the scale
         ts = [torch.randn(s, dtype=d if math.prod(s) > 60 else torch.float64) for s,_,d in specs]
         self.n = min(n_groups, len(ts))
-        self.opts = [self.make(jit, [nn.Parameter(lay(t, how)) for t,how in zip(ts, self.layouts)]) for jit in (False,True)]
+        starts = ts,ts,[t.double() for t in ts],[t.double().abs()*EPS for t in ts]
+        self.opts = [self.make(i, [nn.Parameter(lay(t, how)) for t,how in zip(o, self.layouts)])
+                     for i,o in enumerate(starts)]
 
-    def make(self, jit, ps):
-        opt = self.case.make([ps[i::self.n] for i in range(self.n)] if self.n > 1 else ps, jit)
+    def make(self, i, ps):
+        "The `i`-th of `self.opts`"
+        opt = self.case.make([ps[i::self.n] for i in range(self.n)] if self.n > 1 else ps, i == 1)
         opt.ps = ps
+        if i == 2: opt.cbs.insert(-1, lambda p,**h: self.calls.append((p.detach().clone(),p.grad,h)))
+        if i == 3: opt.cbs[-1] = lambda e,**h: widen(e, *self.calls.pop(0), self.jit, **h)
         return opt
 
     def each(self, i): return [(opt,opt.ps[i%len(opt.ps)]) for opt in self.opts]
 
     def agree(self):
-        native,ours = self.opts
-        for i,(p,q) in enumerate(zip(native.ps, ours.ps)):
-            close(q, p, TOL[p.dtype], f'parameter {i}')
+        native,ours,*_ = self.opts
+        for i,(p,q,t,e) in enumerate(zip(*[opt.ps for opt in self.opts])):
+            near(q, p, t, e, f'parameter {i}')
             if p.grad is None: assert q.grad is None
             else:              assert q.grad.equal(p.grad), f'gradient {i}'
         assert [dict(h) for h in ours.hypers] == [dict(h) for h in native.hypers]
         for i,(p,q) in enumerate(zip(native.ps, ours.ps)):
             if not p.numel(): continue  # ours takes no step for it
-            # fastai's Larc leaves its last learning rate there
-            t,s = [{k:v for k,v in opt.state.get(x, {}).items() if k != 'local_lr'} for opt,x in zip(self.opts, (p,q))]
+            t,s,true,e = [{**opt.state.get(opt.ps[i], {})} for opt in self.opts]
+            lrs = [x.pop('local_lr', None) for x in (s,t)]  # which fastai's Larc leaves there, a number or a tensor
+            if 'local_lr' in ours.state_names and lrs != [None,None]:
+                close(*torch.tensor(lrs, dtype=torch.float64), TOL[p.dtype], f'local_lr of parameter {i}')
             assert {k:type(v) for k,v in s.items()} == {k:type(v) for k,v in t.items()}, f'state of parameter {i}'
             for k,v in s.items():
-                if isinstance(v, torch.Tensor): close(v, t[k], TOL[p.dtype], f'{k} of parameter {i}')
+                if isinstance(v, torch.Tensor):
+                    off = e[k] + 2*(e[k]*true[k]).sqrt() if k == 'sqr_avg' else e[k]  # the root is off by √e
+                    near(v, t[k], true[k], off, f'{k} of parameter {i}')
                 else: assert v == t[k], f'{k} of parameter {i}'
         if self.jit is ranger_jit:
             assert ours.count == native.count and (ours.slow_weights is None) == (native.slow_weights is None)
-            for a,b in zip(ours.slow_weights or [], native.slow_weights or []): [close(s, t, TOL[s.dtype], 'slow weights') for s,t in zip(a,b)]
+            slow = [[t for pg in self.opts[i].slow_weights or [] for t in pg] for i in (1,0,2,3)]
+            for ts in zip(*slow): near(*ts, 'slow weights')
 
     def backward(self):
         "New gradients for parameters that are not frozen: none, added to the old one, or a tensor of their own in any layout"
-        for i,(p,q) in enumerate(zip(*[opt.ps for opt in self.opts])):
+        for i,(p,q) in enumerate(zip(*[opt.ps for opt in self.opts[:2]])):
             how = self.hows[i%len(self.hows)]
             g = torch.randn(p.shape, dtype=p.dtype)*self.scale
             if how == 'keep' or not q.requires_grad: continue
@@ -101,8 +153,11 @@ class Game(RuleBasedStateMachine):
         "After whatever happened, none to two steps. Ours leaves gradients alone; fastai's L2 changes them, which is undone"
         for _ in range(torch.randint(3, (1,))):
             if torch.rand(1) < 0.8: self.backward()
-            native,ours = self.opts
+            native,ours,truth,bounds = self.opts
             grads = [p.grad for p in ours.ps]
+            for p,t,e in zip(native.ps, truth.ps, bounds.ps):
+                t.grad = None if p.grad is None else p.grad.clone().double()
+                e.grad = None if p.grad is None else t.grad.abs()*EPS
             for opt in self.opts: opt.step()
             for p,q,g in zip(native.ps, ours.ps, grads):
                 assert q.grad is g
@@ -146,8 +201,8 @@ class Game(RuleBasedStateMachine):
     def new_state_data(self, i, how, factor):
         "The same for averages and slow weights"
         for opt,p in self.each(i):
-            for t in opt.state[p].values():
-                if isinstance(t, torch.Tensor) and t.shape == p.shape: t.data = lay(t*factor, how)
+            for k,t in opt.state[p].items():
+                if isinstance(t, torch.Tensor) and t.shape == p.shape and k != 'local_lr': t.data = lay(t*factor, how)
         for opt in self.opts:
             for pg in getattr(opt, 'slow_weights', None) or []: [setattr(t, 'data', lay(t, how)) for t in pg]
 
@@ -174,8 +229,9 @@ class Game(RuleBasedStateMachine):
     def save_and_load(self, swap, fresh):
         "Each goes on from its own state or from that of the other"
         sds = [copy.deepcopy(opt.state_dict()) for opt in self.opts]
-        if fresh: self.opts = [self.make(jit, opt.ps) for jit,opt in enumerate(self.opts)]
-        for opt,sd in zip(self.opts, sds[::-1] if swap else sds): opt.load_state_dict(sd)
+        if swap: sds[:2] = sds[1::-1]
+        if fresh: self.opts = [self.make(i, opt.ps) for i,opt in enumerate(self.opts)]
+        for opt,sd in zip(self.opts, sds): opt.load_state_dict(sd)
         self.agree()
 
     @rule()

@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
 from fastcore.foundation import L
 from fastxtend_jit import explain,learner
-from fastxtend_jit.fragments import has_fused
+from fastxtend_jit import proof
 from fastxtend_jit.learner import jit_opt
 
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
@@ -299,17 +299,17 @@ def test_explain_says_why(monkeypatch):
     gaps.param_lists[0][0].grad = torch.randn(4, 5)
     gaps.step()
     assert path(gaps) == ['foreach','the parameters have gaps in memory']
-    monkeypatch.setattr('fastxtend_jit.plan.has_fused', lambda *_: False)
+    monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'no fused kernel for bfloat16 on cpu')
     assert path(explained(adam, torch.bfloat16)) == ['foreach','no fused kernel for bfloat16 on cpu']
     monkeypatch.setitem(vars(adam_jit_step), 'compiled', adam_jit_step.fn)
-    assert path(explained(adam))[1] == 'no fused kernel for float32 on cpu; TorchScript does not support this Python'
+    assert path(explained(adam))[1] == 'no fused kernel for bfloat16 on cpu; TorchScript does not support this Python'
 
 def test_explain_before_fused_was_tried():
-    "What a rehearsal only pretends to compute tells nothing about the kernels"
-    has_fused.cache_clear()
+    "What a dry run only pretends to compute tells nothing about the kernels"
     opt = explained(EIGHT[2])
-    has_fused.cache_clear()
-    assert path(opt) == ['fused',''] and has_fused('cpu', opt.param_lists[0][0].dtype)
+    proof._faults.clear()
+    opt._plan.faults.clear()
+    assert path(opt) == ['fused',''] and not any(proof._faults.values())
 
 def test_explain_buckets():
     ps = [nn.Parameter(torch.randn(n, dtype=d)) for n,d in ((5,torch.float32),(6,torch.float32),(7,torch.float64),(8,torch.float32))]

@@ -42,16 +42,16 @@ def test_bfloat16(case, scenario, dev):
     native,jit = run(case, dtype=torch.bfloat16, dev=dev, **SCENARIOS[scenario])
     flat = lambda opt: torch.cat([p.detach().flatten().double() for p in opt.ps])
     torch.manual_seed(0)
-    truth = flat(truth_of(case, dev, **SCENARIOS[scenario]))
+    truth = flat(truth_of(case, dev, torch.bfloat16, **SCENARIOS[scenario]))
     ours,theirs = (flat(jit)-truth).square().mean().sqrt(),(flat(native)-truth).square().mean().sqrt()
     assert ours <= 1.05*theirs
     for p,q in zip(native.ps, jit.ps): close(q, p, 2**-5)
 
-def truth_of(case, dev, **kw):
-    "fastai's optimizer in float64, on what `run` feeds to the one in bfloat16"
+def truth_of(case, dev, given, **kw):
+    "fastai's optimizer in float64, on what `run` feeds to the one in dtype `given`"
     real = torch.randn
     try:
-        torch.randn = lambda *a,dtype,**k: real(*a, dtype=torch.bfloat16, **k).double()
+        torch.randn = lambda *a,dtype,**k: real(*a, dtype=given, **k).double()
         return run(case, dtype=torch.float64, dev=dev, **kw)[0]
     finally: torch.randn = real
 
@@ -59,7 +59,7 @@ def truth_of(case, dev, **kw):
 @pytest.mark.parametrize('path', ['foreach','uncompiled','uncompiled foreach','small batches'])
 def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on Apple's mps; without TorchScript, as on Python 3.14; and cut into many small batches"
-    if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.plan.has_fused', lambda *_: False)
+    if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'none')
     if 'uncompiled' in path:
         step = globals()[case.jit.__name__+'_step']
         monkeypatch.setitem(vars(step), 'compiled', step.fn)

@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from time import perf_counter
 from urllib.parse import unquote,urlsplit
 
 import nbformat
@@ -19,7 +20,9 @@ from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 
 import fastxtend_jit
-from fastxtend_jit.all import sgd_jit_step
+from fastai.optimizer import SGD
+from fastxtend_jit import script,selfcheck
+from fastxtend_jit.all import adam_jit_step,sgd_jit,sgd_jit_step
 from tests.readme import readme,root
 
 NBS   = sorted(nbglob(root/'nbs', as_path=True))
@@ -134,8 +137,31 @@ def test_wheel(copy):
 
 def test_main(capsys, monkeypatch):
     "`python -m fastxtend_jit` says what a bug report needs, and what runs when TorchScript is switched off"
+    monkeypatch.setattr(sys, 'argv', ['fastxtend_jit'])
     def main(): runpy.run_module('fastxtend_jit', run_name='__main__'); return capsys.readouterr().out
     out = main()
     for s in (f'fastxtend_jit {fastxtend_jit.__version__}', f'torch {torch.__version__}', 'fastai 2.', 'fastcore 2.', 'run compiled', 'cpu ('): assert s in out
-    monkeypatch.setitem(vars(sgd_jit_step), 'compiled', sgd_jit_step.fn)
+    monkeypatch.setitem(vars(adam_jit_step), 'compiled', adam_jit_step.fn)
     assert 'run as plain Python' in main()
+
+def test_check():
+    "`--check` finds nothing here, in all forms and dtypes, and within a minute"
+    start = perf_counter()
+    out = run('-W', 'ignore', '-m', 'fastxtend_jit', '--check', OMP_NUM_THREADS='1').stdout
+    assert perf_counter()-start < 60
+    assert re.search(r'(\d+) of \1 forms are as they should be', out)
+    for name in ('sgd_jit','rmsprop_jit','adam_jit','radam_jit','qhadam_jit','larc_jit','lamb_jit','ranger_jit'):
+        for dtype in ('float32','float64','bfloat16','float16'): assert re.search(fr'\b{name} .* cpu +{dtype} ', out), (name,dtype)
+
+def test_check_finds(monkeypatch, capsys):
+    "A step that is too large, and one that raises: status 1, and the forms by name"
+    monkeypatch.setattr(sys, 'argv', ['fastxtend_jit','--check'])
+    real = sgd_jit_step.fn
+    def wrong(params, grads, grad_avg, lr, *args, **kw): return real(params, grads, grad_avg, lr*1.5, *args, **kw)
+    def raising(*args, **kw): raise RuntimeError('no kernel')
+    for fn,words in ((wrong,'sgd_jit'),(raising,'RuntimeError: no kernel')):
+        monkeypatch.setitem(vars(sgd_jit_step), 'compiled', fn)
+        script._over.cache_clear()
+        monkeypatch.setattr(selfcheck, 'forms', lambda: [(SGD,sgd_jit,dict(mom=0.9))])
+        with pytest.raises(SystemExit) as e: runpy.run_module('fastxtend_jit', run_name='__main__')
+        assert words in str(e.value) and '0 of ' in capsys.readouterr().out

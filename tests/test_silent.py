@@ -1,8 +1,10 @@
 "What used to give wrong numbers, or a broken state, without a word"
 import importlib.util,signal,sys
 from copy import deepcopy
+from time import perf_counter
 from typing import List,Optional
 
+import numpy as np
 import pytest
 import torch
 from fastcore.foundation import L
@@ -100,6 +102,22 @@ def test_norms_in_half_precision(dtype):
             if dtype == torch.float16 and n > 60_000: continue  # the sum of squares overflows, in fastai as here
             assert abs(norms([x], is_flat)[0].double()-truth) <= 2*torch.finfo(dtype).eps*truth
 
+@pytest.mark.parametrize('f,native', [(larc_jit,Larc),(lamb_jit,Lamb)], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('value', [30.,100.,1e-3])
+@pytest.mark.parametrize('gaps', [False,True])
+def test_norms_that_float16_cannot_square(f, native, value, gaps):
+    "Whose squares overflow or vanish in float16, where fastai's norm does not (its LAMB does square)"
+    res = []
+    for make,dtype in ((native,torch.float64),(f,torch.float16)):
+        p = nn.Parameter(torch.full((300,2), value, dtype=dtype)[:,0] if gaps else torch.full((300,), value, dtype=dtype))
+        p.grad = torch.full((300,), value, dtype=dtype)
+        make([p], lr=0.1, eps=1e-3).step()
+        res.append((p.detach().double()-value)[0].item())
+    assert res[1] == pytest.approx(res[0], rel=0.05, abs=2*2**-10*value)
+
+def test_norms_below_the_denormals():
+    for n in (300,5000,5120): assert norms([torch.full([n], 1e-23)], flat=True)[0] == torch.full([n], 1e-23).pow(2).sum().sqrt() == 0
+
 @pytest.mark.parametrize('case', [c for c in EIGHT if c.jit in (larc_jit,lamb_jit)], ids=str)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('n', [2**18, 2**24])
@@ -135,6 +153,42 @@ def test_explain_takes_no_step():
         opt.explain()
         same(snapshot(opt), before)
         assert len(calls) == 1 and torch.equal(torch.get_rng_state(), state)
+
+def halving_step(params:List[Tensor], grads:List[Tensor], lr:float):
+    norm = grads[0].norm()
+    while float(norm.item()) > 0.01: norm.mul_(0.5)
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def seeding_step(params:List[Tensor], grads:List[Tensor], lr:float):
+    torch.manual_seed(3)
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def generator_step(params:List[Tensor], grads:List[Tensor], lr:float):
+    n = torch.zeros(1)
+    n.add_(2.)
+    a,b = torch.empty(2),torch.empty(2, dtype=torch.int64)
+    torch.max(torch.ones(2,2), 0, out=(a,b))
+    torch._foreach_add_(params, [torch.poisson(torch.ones_like(g), GEN) + torch.rand(g.shape, generator=GEN) for g in grads], alpha=-lr/float(n.item())*float(a.sum()))
+GEN = torch.Generator()
+
+@pytest.mark.parametrize('step', [halving_step,seeding_step,generator_step], ids=lambda f: f.__name__)
+def test_explain_odd_steps(step):
+    "A step may write to what it made itself, seed, and draw from a generator of its own"
+    jit = jit_step(step)
+    if step is generator_step: vars(jit)['compiled'] = step
+    opt = JitOptimizer(parameters((3,4), (5,)), jit, lr=0.1)
+    opt.step()
+    before,state,own = snapshot(opt),torch.get_rng_state(),GEN.get_state()
+    opt.explain()
+    same(snapshot(opt), before)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(GEN.get_state(), own)
+
+def test_explain_makes_no_slow_weights():
+    opt = EIGHT[-1].make(parameters((3,)), True)
+    opt.step()
+    opt.slow_weights = None
+    opt.explain()
+    assert opt.slow_weights is None
 
 def test_explain_leaves_slow_weights():
     "Also those that the next step will deal out anew"
@@ -204,6 +258,7 @@ def test_interrupted_anywhere(case, steps):
 def test_interrupted_in_kernels(case, err, steps, monkeypatch):
     "Python lets a Ctrl-C through when the kernels are done: this bucket's step counts. An error of a kernel stops it before it has begun"
     opt,ref = trained(case, steps),trained(case, steps)
+    opt._prepare()  # proves the step
     over,runs = type(opt.opt_step).over,[]
     def stop_in_second(self, states):
         run = over(self, states)
@@ -227,6 +282,41 @@ def test_interrupted_in_kernels(case, err, steps, monkeypatch):
         for p,q in zip(opt.all_params().itemgot(0), ref.all_params().itemgot(0)): close(p, q, 0)
         for o in (opt,ref): o.step()
 
+def test_threads_after_an_interrupt(monkeypatch):
+    "Small tensors take one thread, and give back the others whatever happens"
+    torch.set_num_threads(threads := 2)
+    opt = EIGHT[2].make(parameters(*[(5,)]*30), True)
+    opt.step()
+    real = torch.set_num_threads
+    def stop(n):
+        real(n)
+        if n == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'set_num_threads', stop)
+    if optimizer._openmp:
+        with pytest.raises(KeyboardInterrupt): opt.step()
+    assert torch.get_num_threads() == threads
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+
+def test_regrouped_slow_weights():
+    "They follow through an interrupt, a copy, a checkpoint of its own"
+    def regrouped():
+        ps = parameters((3,), (4,))
+        opt = EIGHT[-1].make([ps[:1],ps[1:]], True, k=2)
+        opt.step()
+        regroup(opt, (2,), [{}])
+        return opt
+    opt = regrouped()
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(type(opt), '_run', lambda *_: 1/0)
+        with pytest.raises(ZeroDivisionError): opt.step()
+    fresh,loaded = regrouped(),regrouped()
+    loaded.load_state_dict(loaded.state_dict())
+    for o in (opt,deepcopy(regrouped()),loaded,fresh):
+        for _ in range(2): o.step()
+        for p,q in zip(o.param_lists[0], fresh.param_lists[0]): assert o is fresh or p.shape == q.shape
+        assert [*map(len, o.slow_weights)] == [2]
+
 def test_ctrl_c():
     "A real one, whenever it comes, also where PyTorch itself asks Python for something"
     armed = []
@@ -246,6 +336,7 @@ def test_ctrl_c():
                 opt.step()
     finally:
         for s,f in zip((signal.SIGINT,signal.SIGALRM), was): signal.signal(s, f)
+        torch.set_grad_enabled(True)  # which PyTorch leaves off if its `no_grad` is interrupted where it ends
 
 # --- Names in steps of one's own
 
@@ -299,6 +390,12 @@ def test_names(named, name, kind, ahead):
     opt.explain()
     opt.clear_state()
     assert deepcopy(opt).hypers[0]['lr'] == 0.1 and (name not in given or kind == 'const' and getattr(opt, name) == 3 or opt.hypers[0].get(name) == 3)
+
+def whole_lr(params:List[Tensor], grads:List[Tensor], lr:int): torch._foreach_add_(params, grads, alpha=-lr)
+def greek(params:List[Tensor], grads:List[Tensor], lr:float, β:float): torch._foreach_add_(params, grads, alpha=-lr*β)
+def test_names_of_the_wrong_kind():
+    with pytest.raises(TypeError, match='`lr` is annotated.*annotate it `float`'): JitOptimizer(parameters((2,)), whole_lr, lr=1)
+    with pytest.raises(TypeError, match='`β`.*ASCII'): JitOptimizer(parameters((2,)), greek, lr=1., β=1.)
 
 def decays(params:List[Tensor], grads:List[Tensor], lr:float, decouple_wd:bool=True):
     if decouple_wd: torch._foreach_add_(params, grads, alpha=-lr)
@@ -368,6 +465,30 @@ def test_state_turned_in_place(case):
     for p,q in zip(*(o.all_params().itemgot(0) for o in opts)): assert torch.equal(p, q)
 
 @eight
+def test_data_of_the_same_gradient(case):
+    "Another dtype or memory under the very gradient that was there before"
+    opt = trained(case, 4)
+    p = opt.param_lists[1][0]
+    g = p.grad
+    for _ in range(4): opt.step()
+    old,g.data = g.data,g.data.float()
+    refused(opt, ValueError, 'gradient of parameter 0 of group 1', 'torch.float32')
+    g.data = p.data
+    refused(opt, ValueError, 'gradient of parameter 0 of group 1', 'lies in the memory')
+    g.data = old
+    opt.step()
+
+def test_many_gradients_among_parameters():
+    "Quickly: columns of one matrix, gradients too"
+    n,b = 400,torch.randn(40, 800)
+    ps = [nn.Parameter(b[:,i]) for i in range(n)]
+    for i,p in enumerate(ps): p.grad = b[:,n+i]
+    opt = EIGHT[2].make(ps, True)
+    start = perf_counter()
+    opt.step()
+    assert perf_counter()-start < 2
+
+@eight
 @pytest.mark.parametrize('steps', [0,2])
 def test_gradient_in_written_memory(case, steps):
     opt = trained(case, steps)
@@ -432,7 +553,7 @@ def counted(params:List[Tensor], grads:List[Tensor], lr:float, n:int): torch._fo
 @pytest.mark.parametrize('make,kw,name', [
     *((larc_jit,dict(clip=v),'clip') for v in ('3',[1],{})), *((adam_jit,dict(decouple_wd=v),'decouple_wd') for v in ('no',[])),
     *((ranger_jit,dict(alpha=v),'alpha') for v in (None,'x','0.5',[0.5],1j)), *((ranger_jit,dict(k=v),'k') for v in ('3',None,2.5,[6])),
-    *((partial(JitOptimizer, opt_step=counted),dict(n=v),'n') for v in (2.5,None,'2'))],
+    *((partial(JitOptimizer, opt_step=counted),dict(n=v),'n') for v in (2.5,None,'2',2**70))],
     ids=lambda o: 'own step' if isinstance(o, partial) else getattr(o, '__name__', str(o)))
 def test_arguments(make, kw, name):
     with pytest.raises(TypeError, match=f'`{name}` has to be'): make(parameters((3,)), lr=0.1, **kw)
@@ -463,6 +584,10 @@ def test_load_what_is_no_state_dict(case):
         with pytest.raises(TypeError, match='takes a dict, as `opt.state_dict'): opt.load_state_dict(sd)
     for sd in (dict(state=None, hypers=None), dict(state={}, hypers=[{}])):
         with pytest.raises(ValueError, match='has to be a list'): opt.load_state_dict(sd)
+    if case.jit is ranger_jit:
+        for slow in (5,[5],[None,None],torch.ones(3)):
+            with pytest.raises(ValueError, match='`slow_weights` have to be lists'): opt.load_state_dict({**opt.state_dict(), 'slow_weights':slow})
+    with pytest.raises(ValueError, match='lack'): opt.load_state_dict({**opt.state_dict(), 'hypers':[{1:2, 'a':3}]*2})
     same(snapshot(opt), before)
 
 # --- Lookahead and late steps
@@ -479,6 +604,37 @@ def test_frozen_tied_parameter():
         for _ in range(3): q.grad = torch.ones_like(q); opt.step()
         opts.append(p)
     close(opts[1], opts[0], 1e-12)
+
+@pytest.mark.parametrize('order', [(0,1),(1,0)])
+def test_frozen_view_of_a_trained_parameter(order):
+    "Both look ahead, in the order in which they stand"
+    opts = []
+    for jit in (False,True):
+        u = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        ps = [nn.Parameter(u.data[1:3]),u]
+        opt = EIGHT[-1].make([ps[i] for i in order], jit, k=1, alpha=0.3)
+        for i in range(8):
+            u.grad = torch.ones_like(u) if i < 5 else None
+            opt.step()
+        opts.append((u,opt))
+    (p,native),(q,ours) = opts
+    close(q, p, 1e-12)
+    for a,b in zip(native.slow_weights, ours.slow_weights): [close(y, x, 1e-12) for x,y in zip(a,b)]
+
+@pytest.mark.parametrize('case', [c for c in EIGHT if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
+def test_averages_that_cannot_be_debiased(case):
+    "fastai divides by zero, in the middle of a step"
+    for name in ('mom','sqr_mom'):
+        opt = trained(case, 0)
+        opt.step()
+        opt.set_hyper(name, -1.)  # 1 - (-1)**2
+        before = snapshot(opt)
+        with pytest.raises(Exception, match='must not be 1'): opt.step()
+        same(snapshot(opt), before)
+    opt = trained(case, 1)
+    for n in (-1,2**63):
+        opt.state[opt.param_lists[1][0]]['step'] = n
+        refused(opt, TypeError, '`step`', 'parameter 0 of group 1', str(n))
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
 def test_late_steps(case):
@@ -524,6 +680,16 @@ def test_numbers(monkeypatch):
         assert v.dim() == 0 and v.dtype == p.dtype and v.item() == pytest.approx(n)
     opt.state[ps[0]]['moved'] = torch.ones(3)
     refused(opt, TypeError, 'State `moved` of parameter 0 of group 0', 'one number')
+
+def test_numbers_of_any_shape():
+    "One element, in whatever form: a state that was edited or loaded"
+    ps = parameters((3,), (4,))
+    opt = larc_jit(ps, 0.1)
+    opt.step()
+    for v in (torch.ones(1),torch.ones(1,1).double(),np.float32(0.1),1,True):
+        opt.state[ps[1]]['local_lr'] = v
+        opt.step()
+        assert opt.state[ps[1]]['local_lr'].shape == ()
 
 def test_numbers_need_whole_tensors():
     with pytest.raises(TypeError, match='counting.*elementwise.*moved'): jit_step(counting, elementwise=True)

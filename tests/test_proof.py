@@ -1,0 +1,177 @@
+"A step that would compute something else than it says is found before it is used"
+import warnings
+from contextlib import nullcontext
+from time import perf_counter
+from typing import List,Optional
+
+import pytest
+import torch
+from torch import Tensor,nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastxtend_jit import plan,proof
+from fastxtend_jit.fragments import fused_adam,scale_,average_grad
+from fastxtend_jit.script import jit_step
+from tests.cases import *
+from tests.cuda_kernels import CudaKernels,as_on_cuda
+
+cases = pytest.mark.parametrize('case', CASES, ids=str)
+
+@pytest.fixture(autouse=True)
+def unproved(monkeypatch):
+    "As in a new process"
+    monkeypatch.setattr(proof, '_faults', {})
+    monkeypatch.setattr(proof, '_proved', set())
+
+def stepped(make, dtype=torch.float32, device='cpu'):
+    "An optimizer after a step, and the warnings that it gave"
+    ps = [nn.Parameter(torch.ones(3, 4, dtype=dtype, device=device))]
+    ps[0].grad = torch.ones_like(ps[0])
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        opt = make(ps)
+        opt.step()
+    return opt,[str(w.message) for w in ws if 'fused' in str(w.message)]
+
+@cases
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16], ids=str)
+def test_ours_are_proved(case, dtype):
+    "In every form and dtype, here"
+    opt,told = stepped(lambda ps: case.make(ps, True), dtype)
+    if told and dtype == torch.float16: assert 'other numbers' in told[0]; return  # on a CPU, PyTorch before 2.15 has a kernel for SGD that computes wrong numbers
+    assert not told and all(b.key.fused == ('fused' in opt.opt_step.args) for b in opt._plan.buckets)
+    assert len(proof._proved) == 1
+
+@cases
+@pytest.mark.parametrize('generation', ['old','new'])
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16], ids=str)
+def test_ours_are_proved_on_cuda(case, generation, dtype, monkeypatch):
+    "And with the arithmetic of CUDA's kernels"
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+    with CudaKernels(generation): _,told = stepped(lambda ps: case.make(ps, True), dtype)
+    assert not told
+
+# RMSProp as it was: a beta next to 1 keeps the average, a step count of 2**53 makes its debiasing about 1
+def kept(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], lr:float, mom:float, sqr_mom:float, eps:float, fused:bool):
+    average_grad(grad_avg, grads, mom)
+    if fused:
+        keep,many = 1 - 2.**-53,2.**53
+        c = 1 - keep**many
+        steps = [torch.full([], many, dtype=torch.float32, device=params[0].device)] * len(params)
+        torch._fused_adamw_(params, grads, grad_avg, sqr_avg, [], steps, lr=lr*c, beta1=keep, beta2=sqr_mom, weight_decay=0., eps=eps, amsgrad=False, maximize=False)
+        return
+    scale_(sqr_avg, sqr_mom)
+    torch._foreach_addcmul_(sqr_avg, grads, grads, 1-sqr_mom)
+    denom = torch._foreach_sqrt(sqr_avg)
+    torch._foreach_add_(denom, eps)
+    torch._foreach_addcdiv_(params, grad_avg, denom, -lr)
+
+def test_broken_identity(monkeypatch):
+    "One that holds on a CPU, and on CUDA up to PyTorch 2.10, but not later: the plain form is used there, one warning says so, and `explain` why"
+    make = lambda ps: JitOptimizer(ps, jit_kept, lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8)
+    jit_kept = jit_step(kept, elementwise=True)
+    assert not stepped(make)[1]
+    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+    for generation,found in (('old',False),('new',True)):
+        monkeypatch.setattr(proof, '_faults', {})
+        with CudaKernels(generation) as kernels:
+            opt,told = stepped(make)
+            assert len(told) == found
+            again,more = stepped(make)
+            assert not more and again._plan.buckets[0].key.fused is not found
+            assert opt.param_lists[0][0].isfinite().all()
+    assert '`kept` does without fused kernels on cpu in float32' in told[0] and 'other numbers for `params`' in told[0]
+    assert 'other numbers for `params`' in opt.explain()['why not faster'][0]
+
+def raising(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
+    if fused: torch._fused_sgd_(params, grads, grads, weight_decay=0., momentum=0.5, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False, grad_scale=params[0])
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def unequal(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
+    if fused and len(params) > 0: raise ValueError('no kernel')
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def test_kernel_that_raises():
+    "Counts as differing"
+    opt,told = stepped(lambda ps: JitOptimizer(ps, unequal, lr=0.1))
+    assert len(told) == 1 and 'no fused kernel for float32 on cpu' in told[0]
+    assert opt.param_lists[0][0].eq(torch.tensor(1.)-0.1).all()
+
+# Own steps in which TorchScript drops a call
+def in_slice(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params[:2], grads[:2], alpha=-lr)
+def in_average(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float):
+    torch._foreach_add_([m.view(-1) for m in grad_avg], [g.view(-1) for g in grads])
+    torch._foreach_add_(params, grads, alpha=-lr)
+def in_fused(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, fused:bool):
+    if fused: torch._fused_sgd_(params, grads, [m for m in grad_avg], weight_decay=0., momentum=0.5, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+    else:
+        average_grad(grad_avg, grads, 0.5)
+        torch._foreach_add_([p for p in params], grad_avg, alpha=-lr)
+def in_lookahead(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool, lr:float):
+    torch._foreach_add_(params, grads, alpha=-lr)
+    if lookahead: torch._foreach_copy_(slow_weights[:3], params[:3])
+
+@pytest.mark.parametrize('f,make,lost', [(in_slice,JitOptimizer,'params'), (in_average,JitOptimizer,'grad_avg'), (in_fused,JitOptimizer,'params'), (in_lookahead,JitLookahead,'slow_weights')],
+                         ids=lambda o: getattr(o, '__name__', o))
+def test_dropped_call(f, make, lost):
+    "Found when the optimizer is made, for its state by name"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f'`{f.__name__}` computes other `{lost}` than as plain Python.*in-place call on a list'): make([nn.Parameter(torch.ones(2))], f, lr=0.1)
+
+def test_dropped_call_without_hypers():
+    "If hypers come later, at the first step"
+    p = nn.Parameter(torch.ones(2))
+    opt = JitOptimizer([p], in_slice)
+    opt.set_hyper('lr', 0.1)
+    p.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match='in-place call on a list'): opt.step()
+    assert p.eq(1.).all()
+
+def noisy(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
+    torch._foreach_add_(params, [torch.rand_like(g) for g in grads], alpha=-lr)
+
+def picky(params:List[Tensor], grads:List[Tensor], lr:float):
+    if params[0].dim() != 7: raise ValueError('seven')
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def test_leaves_no_trace():
+    "A step that draws, inside other modes; one that cannot take small tensors is not held against"
+    state,threads = torch.get_rng_state(),torch.get_num_threads()
+    modes = dict(none=nullcontext, inference=torch.inference_mode, device=lambda: torch.device('meta'), double=lambda: CudaKernels('new'))
+    for mode in modes.values():
+        proof._faults.clear(); proof._proved.clear()
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        with mode():
+            opt = JitOptimizer([p], noisy, lr=0.1)
+            assert torch.equal(torch.get_rng_state(), state)
+            plan.Plan(opt, [p], [p.grad])
+        assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads and p.eq(1.).all()
+        assert [*proof._faults.values()] == [''] and len(proof._proved) == 1
+    JitOptimizer([nn.Parameter(torch.ones(3))], picky, lr=0.1)
+
+def test_fake_tensors():
+    "What is not there cannot be tried: no warning, and no fused kernel"
+    with FakeTensorMode():
+        for device in ('cuda','meta'):
+            if device == 'cuda' and torch.cuda.is_available(): continue
+            opt,told = stepped(lambda ps: adam_jit(ps, 0.1), device=device)
+            assert not told and not opt._plan.buckets[0].key.fused
+
+@pytest.mark.parametrize('case', EIGHT, ids=str)
+def test_cost(case, record_property):
+    "Milliseconds, once: the second optimizer of a kind pays nothing"
+    def seconds():
+        start = perf_counter()
+        stepped(lambda ps: case.make(ps, True))
+        return perf_counter()-start
+    seconds()                            # compiles
+    second = min(seconds() for _ in range(3))
+    firsts = []
+    for _ in range(3):
+        proof._faults.clear(); proof._proved.clear()
+        firsts.append(seconds())
+    record_property('milliseconds', 1000*(min(firsts)-second))
+    print(f'{case}: {1000*(min(firsts)-second):.1f} ms')
+    assert min(firsts)-second < 0.1
