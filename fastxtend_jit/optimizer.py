@@ -279,19 +279,21 @@ class JitLookahead(JitOptimizer):
             if i < len(pg): pg[i] = t; return
             i -= len(pg)
 
-    def _dealt(self, slow):
-        "Slow weights in groups like the parameters', whose groups may have been split or merged: these stand in the order that they had"
-        sizes,old = ([*map(len, o)] for o in (self.param_lists,slow))
-        if sizes == old: return slow
-        if sum(sizes) != sum(old) or not same(self._slow_of, [*chain.from_iterable(self.param_lists)]):
-            raise ValueError(f"There are slow weights for groups of {old} parameters, but the groups have {sizes}: call `clear_state()` after changing `param_lists`.")
-        slow = iter([*chain.from_iterable(slow)])
-        return L(L(next(slow) for _ in range(n)) for n in sizes)
+    def _dealt(self):
+        "Slow weights in groups like the parameters', if only these were split or merged since; else as they are"
+        slow,params = ([*chain.from_iterable(o)] for o in (self.slow_weights,self.param_lists))
+        if [*map(len, self.slow_weights)] == [*map(len, self.param_lists)]: return self.slow_weights
+        if len(slow) != len(params) or not same(self._slow_of, params): return self.slow_weights
+        slow = iter(slow)
+        return L(L(next(slow) for _ in pg) for pg in self.param_lists)
 
     @torch.no_grad()
     def _get_plan(self):
-        fresh = self.slow_weights is None
-        slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists) if fresh else self._dealt(self.slow_weights)
+        if self.slow_weights is None: slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
+        else: slow = self._dealt()
+        sizes,has = ([*map(len, o)] for o in (self.param_lists,slow))
+        if sizes != has: raise ValueError(f"There are slow weights for groups of {has} parameters, but the groups have {sizes}: "
+                                          "call `clear_state()` after changing `param_lists`.")
         self._slow = [*chain.from_iterable(slow)]
         plan,grads = super()._get_plan()
         # fastai looks ahead parameter by parameter. That matters if one that takes no step shares memory with another
@@ -301,8 +303,9 @@ class JitLookahead(JitOptimizer):
         return plan,grads
 
     def _commit(self, plan):
-        sizes,slow = [*map(len, self.param_lists)],iter([*self._slow])
-        if self.slow_weights is None or [*map(len, self.slow_weights)] != sizes: self.slow_weights = L(L(next(slow) for _ in range(n)) for n in sizes)
+        if self.slow_weights is None or [*map(len, self.slow_weights)] != [*map(len, self.param_lists)]:
+            slow = iter([*self._slow])
+            self.slow_weights = L(L(next(slow) for _ in pg) for pg in self.param_lists)
         self._slow_of = plan.params
         super()._commit(plan)
 
@@ -328,7 +331,7 @@ class JitLookahead(JitOptimizer):
 
     def state_dict(self):
         "State dict of fastai's form, with `count` and `slow_weights`"
-        return {**super().state_dict(), 'count': self.count, 'slow_weights': self.slow_weights and self._dealt(self.slow_weights)}
+        return {**super().state_dict(), 'count': self.count, 'slow_weights': self.slow_weights and self._dealt()}
 
     def _check_state_dict(self, sd):
         super()._check_state_dict(sd)
