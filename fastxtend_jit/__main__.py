@@ -6,7 +6,8 @@ import torch
 
 from . import __version__
 from .proof import fused_fault
-from .selfcheck import devices,selfcheck
+from .check import WholeTable
+from .selfcheck import devices,selfcheck,summary
 from .adam import adam_jit_step
 
 def main():
@@ -27,8 +28,8 @@ def main():
         print(f"{dev} ({name}): fused kernels for {', '.join(fused) or 'no dtype'}")
     if not args.check: return
     res = selfcheck(progress=lambda s: print(s, flush=True))
-    print(f"\nLargest difference from fastai's result in float64, after 25 steps, relative to a tensor's largest element\n{res}\n")
+    print(f"\nForms that are as they should be, and the largest distance from fastai's result in float64\n{summary(res)}\n")
     print(f"{res.ok.sum()} of {len(res)} forms are as they should be" + ('.' if res.ok.all() else ':'))
-    if not res.ok.all(): sys.exit(f'{res[~res.ok]}')
+    if not res.ok.all(): sys.exit(f'{WholeTable(res[~res.ok])}')
 
 if __name__ == '__main__': main()

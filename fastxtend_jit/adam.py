@@ -38,7 +38,7 @@ def adam_jit_step(
     if not do_wd: wd = 0.
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
-    if fused and can_fuse(mom, sqr_mom):
+    if fused and can_fuse(mom, sqr_mom, params[0]):
         fused_adam(params, grads, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)

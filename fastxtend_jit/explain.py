@@ -61,7 +61,8 @@ def _why(opt, plan, bucket, grads, scalars, whole, path):
     if path == 'fused': why = []
     elif 'fused' not in step.args: why = ['the step has no fused form']
     elif not is_dense(p): why = ['the parameters have gaps in memory']
-    elif not bucket.key.fused: why = [plan.fault(opt, bucket.key) or 'no fused kernel for tensors that are sharded whole']
+    elif not bucket.key.able: why = ['the kernels take no tensors that are distributed']
+    elif not bucket.key.fused: why = [plan.fault(opt, bucket.key)]
     elif 'step' in scalars and _path(_rehearse(opt, bucket, grads, {**scalars, 'step':10_000}, whole).calls) == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
     if bucket.key.copied: why.append(f'copies {len(bucket.slots)} gradients')

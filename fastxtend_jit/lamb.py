@@ -43,7 +43,7 @@ def lamb_jit_step(
     # Adam's step by itself: from zero, with a learning rate of -1
     update = [torch.empty_like(p) for p in params]
     torch._foreach_zero_(update)
-    if fused and can_fuse(mom, sqr_mom): fused_adam(update, grads, grad_avg, sqr_avg, step, -1., mom, sqr_mom, eps, 0., True)
+    if fused and can_fuse(mom, sqr_mom, params[0]): fused_adam(update, grads, grad_avg, sqr_avg, step, -1., mom, sqr_mom, eps, 0., True)
     else:
         average_grad(grad_avg, grads, mom, 1-mom)
         average_sqr_grad(sqr_avg, grads, sqr_mom)

@@ -137,11 +137,15 @@ def _get_plan(self:JitOptimizer):
 @patch
 def _prepare(self:JitOptimizer):
     "All that a step needs: plan, gradients, and for each bucket its scalars and whether it goes in one batch; raises if the step could not be taken"
-    (plan,grads),step,calls = self._get_plan(),self.opt_step,[]
-    for b in plan.buckets:
-        scalars = self._read_scalars(b.key, b.taken)
-        if step.check: step.check(**scalars)
-        calls.append((scalars, b.uncut is not None and bool(step.in_place(**scalars))))
+    (plan,grads),step = self._get_plan(),self.opt_step
+    scalars = [self._read_scalars(b.key, b.taken) for b in plan.buckets]
+    if not all([plan.suits(self, b, s) for b,s in zip(plan.buckets, scalars)]):
+        self._plan = None
+        return self._prepare()
+    calls = []
+    for b,s in zip(plan.buckets, scalars):
+        if step.check: step.check(**s)
+        calls.append((s, b.uncut is not None and bool(step.in_place(**s))))
     return plan,grads,calls
 
 @patch

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .layout import find_shared,flat,is_dense,is_plain,local,memory_order,shares_itself,stretch
-from .proof import check_compiled,fused_fault
+from .proof import check_compiled,fused_fault,structure
 from .script import JitStep
 
 # %% ../nbs/02_plan.ipynb #5432e989
@@ -42,7 +42,8 @@ class Key(NamedTuple):
     group:int=0 # Parameter group, whose hypers they share
     do_wd:bool=True # Do they take weight decay?
     step:int=0 # Steps they have taken
-    fused:bool=True # Can the fused kernels take them?
+    able:bool=True # Do they lie as the fused kernels need it?
+    fused:bool=True # Do they get the step's fused form?
     flat:bool=True # Do they lie dense in a CPU's memory, so that they may be cut?
     small:bool=False # Are these small tensors in a CPU's memory, that one thread is faster with?
     shards:bool=False # Are they `DTensor`s, of which the step gets this process's shards?
@@ -59,7 +60,7 @@ class Bucket:
         step:JitStep, # Step that they take
         state_names:tuple=() # Names of their state
     ):
-        self.key,self.taken = key,key.step
+        self.key,self.taken,self.structure = key,key.step,None
         self.batches,self.slots,self.views = make_batches(key, slots, step.elementwise, 'flat' in step.args)
         self.at = [s.i for s in self.slots]
         self.viewed = [k for k,s in enumerate(self.slots) if s.strides and not (key.copied or key.flat)]
@@ -321,10 +322,10 @@ class Plan:
             if slot.new and 'step' in self.step.args: slot.new.setdefault('step', n)
             key = Key(group=self.places[i][0], do_wd=st.get('do_wd', True), step=n, flat=on_cpu, shards=shards,
                       dtype=p.dtype, device=p.device, mesh=mesh, copied=copy and 1 + copied//batch_size,
-                      fused=dense and (shards or mesh is None),  # the kernels know no `DTensor`, and no gaps
+                      able=dense and (shards or mesh is None),  # the kernels know no `DTensor`, and no gaps
                       # if there are many small ones, a call for them alone is worth its time
                       small=on_cpu and small_ones > 20 and local(p).numel() <= small_size)
-            yield key._replace(fused=key.fused and not self.fault(opt, key)),slot
+            yield key._replace(fused=key.able and not self.fault(opt, key)),slot
 
     def fault(self,
         opt, # Optimizer
@@ -332,11 +333,22 @@ class Plan:
     ) -> str:
         "Why a bucket cannot have its step's fused form, empty if it can; raises if the step was not compiled to what it says"
         key = key._replace(step=0, small=False, copied=0, mesh=None)
-        if key not in self.faults:
-            scalars = opt._read_scalars(key, 0)
-            check_compiled(self.step, self.state_names, scalars, opt._varying)
-            self.faults[key] = fused_fault(self.step, self.state_names, key.device, key.dtype, scalars)
+        if key not in self.faults: self.faults[key] = self._find_fault(opt, key, opt._read_scalars(key, 0))
         return self.faults[key]
+
+    def _find_fault(self, opt, key, scalars):
+        check_compiled(self.step, self.state_names, scalars, opt._varying)
+        return fused_fault(self.step, self.state_names, key.device, key.dtype, scalars, opt._varying)
+
+    def suits(self,
+        opt, # Optimizer
+        bucket:Bucket, # One of the plan's
+        scalars:dict # Scalar arguments of its next step
+    ) -> bool:
+        "Is the form of its step still the right one, whatever constants are now?"
+        if (s := structure(self.step, scalars)) == bucket.structure: return True
+        bucket.structure = s
+        return bucket.key.fused == (bucket.key.able and not self._find_fault(opt, bucket.key, scalars))
 
     def _state(self, slot, t, name, dense, on_cpu):
         "State `name`, which is `t`: as it is, laid out like the parameter, or zeros"

@@ -40,7 +40,7 @@ def qhadam_jit_step(
     if not do_wd: wd = 0.
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
-    if fused and 0.5 <= nu_1 and nu_1 <= 1. and nu_2 == 1. and can_fuse(mom, sqr_mom):
+    if fused and 0.5 <= nu_1 and nu_1 <= 1. and nu_2 == 1. and can_fuse(mom, sqr_mom, params[0]):
         # The update nu_1·new/debias1 + (1-nu_1)·g, with new = mom·old + (1-mom)·g, is size·(b·old + (1-b)·g): Adam's with another β₁ and lr·size.
         # What the kernel leaves in `grad_avg` is b·old + (1-b)·g, from which new = r·that + (1-r)·g
         size = nu_1/debias1 + 1 - nu_1

@@ -36,7 +36,7 @@ def rmsprop_jit_step(
     "A step of RMSProp, with momentum if there is a `grad_avg`"
     if not do_wd: wd = 0.
 
-    fuse = fused and can_fuse(0., sqr_mom) and mom >= 0.
+    fuse = fused and mom >= 0. and can_fuse(0. if grad_avg is None else mom/(1+mom), sqr_mom, params[0])
     if not (fuse and decouple_wd): grads = weight_decay(params, grads, lr, wd, decouple_wd)
     if fuse:
         decay = wd if decouple_wd else 0.

@@ -49,3 +49,17 @@ def test_25_steps(case, generation, dtype, scenario): check(case, generation, dt
 @cases
 @generations
 def test_120_steps(case, generation): check(case, generation, torch.float32, 120, 'schedule', not unfused(case))
+
+@pytest.mark.parametrize('hypers', [dict(sqr_mom=0.9999), dict(sqr_mom=0.99999), dict(mom=0.9999)], ids=str)
+@pytest.mark.parametrize('case', [c for c in EIGHT if c.jit in (rmsprop_jit,adam_jit,radam_jit,qhadam_jit,lamb_jit,ranger_jit)], ids=str)
+@generations
+def test_betas_next_to_1(case, generation, hypers):
+    "What float32 cannot tell from 1 well goes without the fused kernels"
+    case = Case(case.native, case.jit, {**case.kw, **{k:v for k,v in hypers.items() if k != 'mom' or case.jit is not rmsprop_jit}})
+    kw = dict(steps=25, schedule=False)
+    with CudaKernels(generation): native,jit = run(case, dtype=torch.float32, **kw)
+    truth = truth_of(case, 'cpu', torch.float32, **kw)
+    ours,theirs,real = map(tensors, (jit,native,truth))
+    for k,t in real.items():
+        off = lambda xs: ((xs[k]-t).abs().max()/t.abs().max()).item()
+        assert off(ours) <= max(2*off(theirs), FLOOR['param' if k[0] == 'param' else 'state']), k

@@ -151,7 +151,8 @@ def test_check():
     assert perf_counter()-start < 60
     assert re.search(r'(\d+) of \1 forms are as they should be', out)
     for name in ('sgd_jit','rmsprop_jit','adam_jit','radam_jit','qhadam_jit','larc_jit','lamb_jit','ranger_jit'):
-        for dtype in ('float32','float64','bfloat16','float16'): assert re.search(fr'\b{name} .* cpu +{dtype} ', out), (name,dtype)
+        assert re.search(fr'\b{name}' + r' +(\d+)/\1 \S+'*4, out), name
+    assert re.search('float64 +float32 +bfloat16 +float16', out) and max(map(len, out.splitlines())) <= 120
 
 def test_check_finds(monkeypatch, capsys):
     "A step that is too large, and one that raises: status 1, and the forms by name"
@@ -164,4 +165,4 @@ def test_check_finds(monkeypatch, capsys):
         script._over.cache_clear()
         monkeypatch.setattr(selfcheck, 'forms', lambda: [(SGD,sgd_jit,dict(mom=0.9))])
         with pytest.raises(SystemExit) as e: runpy.run_module('fastxtend_jit', run_name='__main__')
-        assert words in str(e.value) and '0 of ' in capsys.readouterr().out
+        assert words in str(e.value) and '0 of 4 forms' in capsys.readouterr().out

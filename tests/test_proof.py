@@ -1,6 +1,7 @@
 "A step that would compute something else than it says is found before it is used"
 import warnings
 from contextlib import nullcontext
+from threading import Thread
 from time import perf_counter
 from typing import List,Optional
 
@@ -158,6 +159,85 @@ def test_fake_tensors():
             if device == 'cuda' and torch.cuda.is_available(): continue
             opt,told = stepped(lambda ps: adam_jit(ps, 0.1), device=device)
             assert not told and not opt._plan.buckets[0].key.fused
+
+# What an adversary found
+
+def set_params(opt, g=1.):
+    for pg in opt.param_lists:
+        for p in pg: p.data.fill_(1.); p.grad = torch.full_like(p, g)
+
+def decays_wrongly(params:List[Tensor], grads:List[Tensor], lr:float, wd:float, fused:bool):
+    if wd != 0.: torch._foreach_mul_(params, 1-lr*wd*(2. if fused else 1.))
+    torch._foreach_add_(params, grads, alpha=-lr)
+def constant_wrongly(params:List[Tensor], grads:List[Tensor], lr:float, n:int, fused:bool):
+    torch._foreach_add_(params, grads, alpha=-lr*(2. if fused and n == 5 else 1.))
+def drops_later(params:List[Tensor], grads:List[Tensor], lr:float, n:int):
+    if n == 5: torch._foreach_add_([p for p in params], grads, alpha=-lr)
+    else:      torch._foreach_add_(params, grads, alpha=-lr)
+def double(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool): torch._foreach_add_(params, grads, alpha=-lr*(2. if fused else 1.))
+def looks_wrongly(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool, lr:float, fused:bool):
+    torch._foreach_add_(params, grads, alpha=-lr)
+    if lookahead:
+        torch._foreach_lerp_(slow_weights, params, alpha*1.5 if fused else alpha)
+        torch._foreach_copy_(params, slow_weights)
+def in_one_combination(params:List[Tensor], grads:List[Tensor], lr:float, do_wd:bool, fused:bool, flat:bool):
+    if do_wd and flat and not fused: torch._foreach_add_([p for p in params], grads, alpha=-lr)
+    else: torch._foreach_add_(params, grads, alpha=-lr)
+def only_matrices(params:List[Tensor], grads:List[Tensor], lr:float):
+    if params[0].dim() != 2: raise ValueError('matrices')
+    torch._foreach_add_([p for p in params], grads, alpha=-lr)
+def zeroes_grads(params:List[Tensor], grads:List[Tensor], lr:float):
+    torch._foreach_add_(params, grads, alpha=-lr)
+    torch._foreach_zero_([g for g in grads])
+
+@pytest.mark.filterwarnings('ignore:.*does without fused kernels')
+@pytest.mark.parametrize('lr', [0.,float('nan'),0.1])
+def test_what_comes_later(lr):
+    "Decay, constants and a learning rate that come after the first step are proved when they come"
+    def make(step, **kw):
+        opt = JitOptimizer([nn.Parameter(torch.ones(2))], jit_step(step), lr=lr, **kw)
+        set_params(opt); opt.step(); set_params(opt); opt.set_hyper('lr', 0.1)
+        return opt,opt.param_lists[0][0]
+    opt,p = make(decays_wrongly, wd=0.)
+    opt.set_hyper('wd', 0.1); opt.step()
+    assert p.tolist() == pytest.approx([0.89]*2)
+    opt,p = make(constant_wrongly, n=3)
+    opt.n = 5; opt.step()
+    assert p.tolist() == pytest.approx([0.9]*2)
+    opt.n = 3; set_params(opt); opt.step()
+    assert p.tolist() == pytest.approx([0.9]*2) and opt._plan.buckets[0].key.fused
+    opt,p = make(drops_later, n=3)
+    opt.n = 5
+    with pytest.raises(RuntimeError, match='in-place call on a list'): opt.step()
+    assert p.tolist() == [1.,1.]
+    opt,p = make(double)
+    opt.step()
+    assert p.tolist() == pytest.approx([0.9]*2)
+
+@pytest.mark.filterwarnings('ignore:.*does without fused kernels')
+def test_lookahead_is_proved_before_it_comes():
+    opt = JitLookahead([nn.Parameter(torch.ones(2))], jit_step(looks_wrongly), lr=0.1, k=3)
+    for _ in range(3): opt.param_lists[0][0].grad = torch.ones(2); opt.step()
+    assert opt.param_lists[0][0].tolist() == pytest.approx([0.85]*2)
+
+@pytest.mark.parametrize('step', [in_one_combination,only_matrices,zeroes_grads], ids=lambda f: f.__name__)
+def test_drops_in_odd_places(step):
+    with pytest.raises(RuntimeError, match='in-place call on a list'): JitOptimizer([nn.Parameter(torch.ones(2,2))], step, lr=0.1)
+
+def test_odd_hypers_hold_for_themselves():
+    "A fault that comes from them is not held against others"
+    make = lambda **kw: stepped(lambda ps: adam_jit(ps, 0.1, **kw), torch.float16)[0]._plan.buckets[0].key.fused
+    assert not make(sqr_mom=0.99999, eps=1e-9) and make(eps=1e-3)
+
+def test_threads():
+    "Two first steps at once leave the generator as it was"
+    state = torch.get_rng_state()
+    for _ in range(3):
+        proof._faults.clear(); proof._proved.clear()
+        threads = [Thread(target=stepped, args=(lambda ps,c=c: c.make(ps, True),)) for c in EIGHT[2:6]]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert torch.equal(torch.get_rng_state(), state)
 
 @pytest.mark.parametrize('case', EIGHT, ids=str)
 def test_cost(case, record_property):
