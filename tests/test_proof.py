@@ -254,4 +254,4 @@ def test_cost(case, record_property):
         firsts.append(seconds())
     record_property('milliseconds', 1000*(min(firsts)-second))
     print(f'{case}: {1000*(min(firsts)-second):.1f} ms')
-    assert min(firsts)-second < 0.1
+    assert min(firsts)-second < 0.04  # 4 to 13 ms on an idle machine
