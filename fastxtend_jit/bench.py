@@ -11,7 +11,6 @@ __all__ = ['models', 'rows', 'eight', 'Row', 'interleave', 'bytes_moved', 'flat_
 
 # %% ../nbs/30_bench.ipynb #274f76eb
 import gc,importlib.util,inspect,json,os,platform,random,subprocess,sys
-from collections import Counter
 from dataclasses import dataclass,field
 from functools import partial
 from importlib.metadata import version

@@ -23,7 +23,7 @@ from .fragments import lookahead
 from .layout import find_shared,local
 from .plan import Key,Plan,Slot,check_state,make_batches,same
 from .proof import check_compiled
-from .script import JitStep,given,jit_step
+from .script import given,jit_step
 
 # %% ../nbs/03_optimizer.ipynb #5d51926d
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
@@ -288,6 +288,9 @@ class JitLookahead(JitOptimizer):
         slow,params = ([*chain.from_iterable(o)] for o in (self.slow_weights,self.param_lists))
         if [*map(len, self.slow_weights)] == [*map(len, self.param_lists)]: return self.slow_weights
         if len(slow) != len(params) or not same(self._slow_of, params): return self.slow_weights
+        return self._grouped(slow)
+
+    def _grouped(self, slow):
         slow = iter(slow)
         return L(L(next(slow) for _ in pg) for pg in self.param_lists)
 
@@ -307,9 +310,8 @@ class JitLookahead(JitOptimizer):
         return plan,grads
 
     def _commit(self, plan):
-        if self.slow_weights is None or [*map(len, self.slow_weights)] != [*map(len, self.param_lists)]:
-            slow = iter([*self._slow])
-            self.slow_weights = L(L(next(slow) for _ in pg) for pg in self.param_lists)
+        sizes = [*map(len, self.param_lists)]
+        if self.slow_weights is None or [*map(len, self.slow_weights)] != sizes: self.slow_weights = self._grouped(self._slow)
         self._slow_of = plan.params
         super()._commit(plan)
 

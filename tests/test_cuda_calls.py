@@ -1,7 +1,6 @@
 "CUDA without a GPU: on fake tensors, count the ATen calls and kernel launches of a step, and find where the host would wait for the device"
-from contextlib import nullcontext
 from functools import cache
-from typing import List,Optional
+from typing import List
 
 import pandas as pd
 import pytest

@@ -3,7 +3,7 @@ import warnings
 from contextlib import nullcontext
 from threading import Thread
 from time import perf_counter
-from typing import List,Optional
+from typing import List
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit import plan,proof
-from fastxtend_jit.fragments import fused_adam,scale_,average_grad
+from fastxtend_jit.fragments import average_grad,scale_
 from fastxtend_jit.script import jit_step
 from tests.cases import *
 from tests.cuda_kernels import CudaKernels,as_on_cuda
@@ -84,10 +84,6 @@ def test_broken_identity(monkeypatch):
             assert opt.param_lists[0][0].isfinite().all()
     assert '`kept` does without fused kernels on cpu in float32' in told[0] and 'other numbers for `params`' in told[0]
     assert 'other numbers for `params`' in opt.explain()['why not faster'][0]
-
-def raising(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
-    if fused: torch._fused_sgd_(params, grads, grads, weight_decay=0., momentum=0.5, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False, grad_scale=params[0])
-    torch._foreach_add_(params, grads, alpha=-lr)
 
 def unequal(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
     if fused and len(params) > 0: raise ValueError('no kernel')
