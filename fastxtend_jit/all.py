@@ -1,4 +1,4 @@
-"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps, the two classes they are made with, and `jit_opt`"
+"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps and classes, `jit_opt`, and methods of a Learner"
 from .optimizer import JitOptimizer,JitLookahead
 from .sgd import *
 from .rmsprop import *
@@ -9,4 +9,5 @@ from .larc import *
 from .lamb import *
 from .ranger import *
 from .learner import *
+from .compare import *
 from .explain import *

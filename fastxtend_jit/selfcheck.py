@@ -17,7 +17,7 @@ from torch import nn
 
 from . import explain  # the method
 from .check import WholeTable
-from .learner import _pairs
+from .learner import counterparts
 
 # %% ../nbs/23_selfcheck.ipynb #af20aab8
 _switches = dict(decouple_wd=(True,False), mom=(0.,0.9), clip=(True,False), beta=(0.,50.),
@@ -26,7 +26,7 @@ _switches = dict(decouple_wd=(True,False), mom=(0.,0.9), clip=(True,False), beta
 def forms() -> list:
     "Triples of fastai's factory, ours, and arguments for both"
     res = []
-    for native,jit in _pairs:
+    for native,jit in counterparts:
         ps = inspect.signature(jit).parameters
         # `mom` decides only where it may be none
         names = [n for n in _switches if n in ps and (n != 'mom' or 'sqr_mom' not in ps or ps['mom'].default == 0.)]

@@ -1,6 +1,7 @@
 "Small Learners on made data: images, tables, text and a GAN, in float64, so that runs stay equal to the last digits although training is chaotic"
 import warnings
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -33,6 +34,14 @@ def quiet(learn):
 def tensor_dls(*tensors, bs=8, n_valid=8, dev='cpu'):
     items = list(zip(*tensors))
     return DataLoaders(DataLoader(items[n_valid:], bs=bs, shuffle=True, num_workers=0), DataLoader(items[:n_valid], bs=bs, num_workers=0), device=dev)
+
+def equal(a, b):
+    "Are nested tensors, arrays and other things the same, NaN and NaN too?"
+    if isinstance(a, torch.Tensor): return a.shape == b.shape and torch.allclose(a, b, 0, 0, equal_nan=True)
+    if isinstance(a, np.ndarray): return (a == b).all()
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple,L)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 def float32_net(cls=nn.Sequential):
     "A small convolutional network with BatchNorm"

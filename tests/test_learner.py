@@ -1,26 +1,21 @@
-"`to_jit`, `to_native`, `jit_opt`, `compare_opt` and `explain`, and the messages that a new user meets"
-import copy,pickle,random
+"`to_jit`, `to_native`, `jit_opt` and `explain`, and the messages that a new user meets"
+import copy,pickle
 from functools import partial
 from typing import List
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 from torch import nn,Tensor
 
-from tests.learners import quiet,tabular,tensor_dls,text,vision
+from tests.learners import equal,quiet,tensor_dls,vision
 from tests.cases import *
-from fastai.callback.all import CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,SaveModelCallback
 from fastai.callback.core import Callback
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
-from fastcore.foundation import L
-from fastxtend_jit import explain,learner
-from fastxtend_jit import proof
-from fastxtend_jit.learner import jit_opt
+from fastxtend_jit import learner,proof
+from fastxtend_jit.learner import factories_of,jit_opt
 
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
 
@@ -40,6 +35,13 @@ def test_no_counterpart(bad, tmp_path):
         with pytest.raises(TypeError, match=r'has no counterpart.*SGD \(sgd_jit\).*ranger \(ranger_jit\)'): f()
 
 # --- a live optimizer
+
+@pytest.mark.parametrize('jit', [False,True], ids=['native','jit'])
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_factories_of(case, jit):
+    pair,args = factories_of(case.make([nn.Parameter(torch.ones(2))], jit))
+    assert pair == (case.native,case.jit) and pair in counterparts
+    assert 'decouple_wd' in args and all(case.kw.get(n, v) == v for n,v in args.items())
 
 def grads(seed, shapes):
     torch.manual_seed(seed)
@@ -158,102 +160,6 @@ def test_mistakes(case, tmp_path):
     with pytest.raises(TypeError, match=f'`{name}_step` takes no epsilon; it takes '): JitOptimizer([nn.Parameter(torch.ones(2))], globals()[f'{name}_step'], lr=0.1, epsilon=1e-5)
     learn.opt.set_hyper('mom', 'high')
     with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
-
-# --- compare_opt
-
-def snapshot(learn):
-    "All of a Learner that must stay, copied"
-    item = lambda o: o.clone() if isinstance(o, torch.Tensor) else copy.deepcopy(o)
-    return dict(model={k:item(v) for k,v in learn.model.state_dict().items()}, grads=[p.grad is not None and item(p.grad) for p in learn.model.parameters()],
-        requires=[p.requires_grad for p in learn.model.parameters()], training=learn.model.training,
-        opt=learn.opt and item(learn.opt.state_dict()), frozen=learn.opt and learn.opt.frozen_idx, opt_id=id(learn.opt),
-        cbs=[id(cb) for cb in learn.cbs], recorder={k:item(getattr(learn.recorder, k, None)) for k in ('lrs','losses','values','iters','log')},
-        rng=[dl.rng.getstate() for dl in learn.dls.loaders], loaders=[id(dl) for dl in learn.dls.loaders], attrs=sorted(vars(learn)),
-        python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), items=[item(getattr(getattr(dl, 'items', None), 'idxs', None)) for dl in learn.dls.loaders])
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor): return a.shape == b.shape and torch.allclose(a, b, 0, 0, equal_nan=True)
-    if isinstance(a, np.ndarray): return (a == b).all()
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list,tuple,L)): return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-def compared(learn, steps=6, **kw):
-    "What `compare_opt` returns, once it is sure that it changed nothing"
-    before = snapshot(learn)
-    res = learn.compare_opt(steps, **{'show':False, **kw})
-    after = snapshot(learn)
-    assert not [k for k in before if not equal(before[k], after[k])]
-    return res
-
-def same(df, tol): return (df['relative to largest'].dropna() <= tol).all() and df['relative to largest'].notna().sum() == len(df)-3
-
-@eight
-@pytest.mark.parametrize('made', ['frozen','native','jit'])
-def test_compare_opt(case, made, tmp_path):
-    set_seed(0)
-    learn = vision(partial(case.native, **case.kw), tmp_path, train_bn=False)
-    if made == 'frozen': learn.freeze_to(1)
-    else: learn.fit_one_cycle(1, 1e-2)
-    if made == 'jit': learn.to_jit()
-    df = compared(learn)
-    assert list(df.columns[:2]) == [case.native.__name__,case.jit.__name__] and df.columns.name == 'medians of 6 steps'
-    assert same(df, 1e-10) and (df.iloc[:3,:3] > 0).all().all()
-    moved = df.iloc[4:,1]
-    assert len(moved) == 3 and (moved[1:] > 1e-5).all() and (moved.iloc[0] == 0) == (made == 'frozen')
-    assert [len(v) for v in df.attrs['losses'].values()] == [6,6]
-
-@pytest.mark.parametrize('make', [tabular,text], ids=lambda f: f.__name__)
-def test_compare_other_learners(make, tmp_path):
-    set_seed(0)
-    learn = make(Adam, tmp_path)
-    learn.fit(1, 1e-2)
-    assert same(compared(learn), 1e-9)
-
-def test_compare_tells_a_difference(tmp_path, monkeypatch):
-    learn = vision(Adam, tmp_path)
-    right = adam_jit_step.compiled
-    monkeypatch.setitem(vars(adam_jit_step), 'compiled', lambda **kw: right(**{**kw, 'lr': kw['lr']*1.5}))
-    assert (compared(learn)['relative to largest'].dropna() > 1e-4).all()
-
-def test_compare_with_callbacks(tmp_path):
-    "Callbacks that change training are in it; those that write or stop keep still"
-    learn = vision(Adam, tmp_path)
-    learn.add_cbs([GradientClip(0.1), GradientAccumulation(16), SaveModelCallback(monitor='valid_loss', with_opt=True), CSVLogger(), EarlyStoppingCallback()])
-    df = compared(learn, 8)
-    assert same(df, 1e-10) and len(df.attrs['seconds']['Adam']['optimizer step']) == 4
-    assert not list(tmp_path.rglob('*'))
-
-def test_compare_dropout(tmp_path):
-    learn = vision(Adam, tmp_path)
-    learn.model = nn.Sequential(learn.model[0], learn.model[1], nn.Sequential(nn.Dropout(0.5), *learn.model[2]))
-    assert same(compared(learn), 1e-10)
-
-def test_compare_frozen_with_old_gradients(tmp_path):
-    "As in fastai, weights frozen after training go on decaying: their gradients are zero, not `None`"
-    learn = vision(Adam, tmp_path, wd=0.1, train_bn=False)
-    learn.fit(1, 1e-2)
-    learn.freeze()
-    df = compared(learn, lr=1e-2)
-    assert same(df, 1e-10) and 1e-4 < df.iloc[4,1] < 1e-2
-
-def test_compare_rest(tmp_path):
-    learn = vision(partial(SGD, mom=0.9), tmp_path)
-    assert same(compared(learn, 25, lr=1e-3), 1e-10)  # more steps than batches
-    learn.model[0][0].weight.data.fill_(float('nan'))
-    assert compared(learn)['largest difference'].isna().sum() > 3  # a model that is broken does not look equal
-    with pytest.raises(ValueError, match='at least 1'): learn.compare_opt(0)
-    with pytest.raises(TypeError, match='has no counterpart'): vision(torch.optim.Adam, tmp_path).compare_opt()
-    learn.dls.loaders[0] = tensor_dls(torch.randn(9, 2, 6, 6), torch.randint(3, (9,)), bs=4).train.new(drop_last=True)
-    with pytest.raises(ValueError, match='gives no batch'): learn.compare_opt()
-
-def test_compare_shows(tmp_path, monkeypatch):
-    figs = []
-    monkeypatch.setattr(plt, 'show', lambda: figs.append(plt.gcf()))
-    df = vision(Adam, tmp_path).compare_opt(3)
-    assert len(figs) == 1 and [len(a.lines)+len(a.patches) for a in figs[0].axes] == [2,6]
-    assert 'NaN' not in df._repr_html_() + repr(df) and 'weights moved, group 0' in df._repr_html_()
-    plt.close('all')
 
 # --- explain
 
