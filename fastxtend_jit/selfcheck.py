@@ -9,6 +9,7 @@ __all__ = ['forms', 'devices', 'selfcheck', 'summary']
 
 # %% ../nbs/23_selfcheck.ipynb #dccd185b
 import inspect,itertools,math,warnings
+from functools import partial
 from typing import Callable
 
 import pandas as pd
@@ -17,88 +18,111 @@ from torch import nn
 
 from . import explain  # the method
 from .check import WholeTable
-from .learner import counterparts
+from .learner import counterparts,structural_args
 
 # %% ../nbs/23_selfcheck.ipynb #af20aab8
-_switches = dict(decouple_wd=(True,False), mom=(0.,0.9), clip=(True,False), beta=(0.,50.),
-                 nu_1=(0.7,1.,0.3), nu_2=(1.,0.8))
+_switches = structural_args | dict(beta=(0.,50.), nu_1=(0.7,1.,0.3), nu_2=(1.,0.8))
 
 def forms() -> list:
     "Triples of fastai's factory, ours, and arguments for both"
     res = []
     for native,jit in counterparts:
-        ps = inspect.signature(jit).parameters
-        # `mom` decides only where it may be none
-        names = [n for n in _switches if n in ps and (n != 'mom' or 'sqr_mom' not in ps or ps['mom'].default == 0.)]
-        res += [(native, jit, dict(zip(names, vs))) for vs in itertools.product(*(_switches[n] for n in names))]
+        params = inspect.signature(jit).parameters
+        choices = {n:values for n,values in _switches.items() if n in params}
+        if 'sqr_mom' in params and params['mom'].default: del choices['mom']  # it decides only where it may be none
+        res += [(native, jit, dict(zip(choices, values))) for values in itertools.product(*choices.values())]
     return res
 
-# %% ../nbs/23_selfcheck.ipynb #36b10aa9
+def _label(args): return ', '.join(f'{n}={v}' for n,v in args.items())
+
+# %% ../nbs/23_selfcheck.ipynb #9b3f05c8
 _shapes = (3,),(64,64),(30,7,3,3),(),(200,300)
-_floor  = {torch.float64:1e-11, torch.float32:1e-5, torch.bfloat16:0., torch.float16:0.}
 
-def devices() -> list:
-    "The CPU and each accelerator that PyTorch finds"
-    mps = [torch.device('mps')]*torch.backends.mps.is_available()
-    return [torch.device('cpu'), *(torch.device('cuda', i) for i in range(torch.cuda.device_count())), *mps]
+def _factories(native, jit, args):
+    "Both factories with the arguments of a form"
+    if 'trust_coeff' in inspect.signature(jit).parameters: args = {**args, 'trust_coeff':1.}  # or 16 bits see no step
+    return [partial(factory, lr=0.01, wd=0.01, **args) for factory in (native,jit)]
 
-def _train(make, given, dtype, device, steps):
-    "Parameters, in float64 on the CPU, after training in `dtype` on numbers that `given` can hold; and the optimizer"
-    gen = torch.Generator().manual_seed(0)
-    def draw(s):  # nothing whose square 16 bits cannot hold
-        x = torch.randn(s, generator=gen, dtype=torch.float64)
-        return (x + 0.1*x.sign()).to(given).to(device, dtype)
-    ps = [nn.Parameter(draw(s)) for s in _shapes]
-    start,opt = [p.detach().cpu().double().clone() for p in ps],make([ps[:3],ps[3:]])
+def _exact(ps): return [p.detach().to('cpu', torch.float64, copy=True) for p in ps]
+
+def _train(factory, given, dtype, device, steps):
+    "Train in `dtype` on numbers that `given` can hold: parameters after and before, in float64, and the optimizer"
+    generator = torch.Generator().manual_seed(0)
+    def draw(shape):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = x + 0.1*x.sign()  # nothing whose square 16 bits cannot hold
+        return x.to(given).to(device, dtype)
+    ps = [nn.Parameter(draw(shape)) for shape in _shapes]
+    start = _exact(ps)
+    opt = factory([ps[:3],ps[3:]])
     opt.state[ps[1]]['do_wd'] = False
     for i in range(steps):
         opt.set_hypers(lr=[0.01*(1+i%7),0.02], mom=0.95 - 0.1*i/steps)
         for p in ps: p.grad = draw(p.shape)
         opt.step()
-    return [p.detach().cpu().double() for p in ps],start,opt
+    return _exact(ps),start,opt
 
-def _far(xs, truth, start, dtype):
-    "Largest difference relative to the largest element of its tensor; in 16 bits, which round as much as they learn, its norm relative to the way gone"
-    if dtype.itemsize > 2: return max(((x-t).abs().nan_to_num(nan=torch.inf).max()/t.abs().max()).item() for x,t in zip(xs, truth))
-    norm = lambda ts: math.sqrt(sum(t.square().sum().item() for t in ts))
-    return norm(map(torch.sub, xs, truth))/norm(map(torch.sub, truth, start))
+# %% ../nbs/23_selfcheck.ipynb #36b10aa9
+_rounding = {torch.float64:1e-11, torch.float32:1e-5, torch.bfloat16:0., torch.float16:0.}
 
+def _norm_apart(xs, ys): return math.sqrt(sum((x-y).square().sum().item() for x,y in zip(xs, ys)))
+
+def _off_by(xs, truth, start, dtype):
+    "How far `xs` are from `truth`: of the largest element of a tensor, in 16 bits of the way from `start`"
+    if dtype.itemsize == 2: return _norm_apart(xs, truth)/_norm_apart(truth, start)
+    return max(((x-t).abs().nan_to_num(nan=torch.inf).max()/t.abs().max()).item() for x,t in zip(xs, truth))
+
+# %% ../nbs/23_selfcheck.ipynb #d7a29e14
+def devices() -> list:
+    "The CPU and each accelerator that PyTorch finds"
+    mps = [torch.device('mps')]*torch.backends.mps.is_available()
+    return [torch.device('cpu'), *(torch.device('cuda', i) for i in range(torch.cuda.device_count())), *mps]
+
+def _compared(native, jit, device, dtype, steps, truth, start):
+    "How far both are from `truth`, and which kernels ours took"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # where kernels differ, the table says so
+        ours,_,opt = _train(jit, dtype, dtype, device, steps)
+    theirs = _train(native, dtype, dtype, device, steps)[0]
+    off,off_native = [_off_by(ps, truth, start, dtype) for ps in (ours,theirs)]
+    bound = max(2*off_native, _rounding[dtype])
+    buckets = opt.explain()
+    return {'off by':off, "fastai's":off_native, 'bound':bound, 'kernels':', '.join(sorted({*buckets.path})),
+            'why':'; '.join(sorted({*buckets['why not faster']} - {''})), 'ok':off <= bound < 1}
+
+def _failed(e):
+    "What the table says of a form that raised"
+    why = f'{type(e).__name__}: {e}'.splitlines()[0]
+    return {'off by':torch.inf, "fastai's":torch.nan, 'bound':torch.nan, 'kernels':'', 'why':why, 'ok':False}
+
+# %% ../nbs/23_selfcheck.ipynb #b86f2e05
 def selfcheck(
     on:list=None, # Devices to check, all that there are if `None`
-    dtypes:tuple=tuple(_floor), # Of parameters
+    dtypes:tuple=tuple(_rounding), # Of parameters
     steps:int=25, # Steps to train
     progress:Callable=print # Called with a line now and then
 ) -> pd.DataFrame:
     "How far ours and fastai's are from fastai's result in float64: a row for each form, device and dtype"
-    rows,truths,every = [],{},forms()
-    for dev,dtype in itertools.product(devices() if on is None else on, dtypes):
-        if dev.type == 'mps' and dtype == torch.float64: continue  # Apple's GPUs have none
-        progress(f'{dev}, {str(dtype)[6:]}: {len(every)} forms')
-        for k,(native,jit,kw) in enumerate(every):
-            far = {'trust_coeff':1.} if 'trust_coeff' in inspect.signature(jit).parameters else {}  # or 16 bits see no step
-            make = lambda f: lambda ps: f(ps, lr=0.01, wd=0.01, **kw, **far)
-            if (k,dtype) not in truths: truths[k,dtype] = _train(make(native), dtype, torch.float64, 'cpu', steps)[:2]
-            row = dict(optimizer=jit.__name__, form=', '.join(f'{n}={v}' for n,v in kw.items()), device=str(dev), dtype=str(dtype)[6:])
-            row |= {'off by':torch.inf, "fastai's":torch.nan, 'bound':torch.nan, 'kernels':'', 'why':''}
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # where kernels differ, the table says so
-                    ours,_,opt = _train(make(jit), dtype, dtype, dev, steps)
-                theirs = _far(_train(make(native), dtype, dtype, dev, steps)[0], *truths[k,dtype], dtype)
-                off,bound = _far(ours, *truths[k,dtype], dtype),max(2*theirs, _floor[dtype])
-                e = opt.explain()
-                row |= {'off by':off, "fastai's":theirs, 'bound':bound, 'kernels':', '.join(sorted({*e.path})),
-                        'why':'; '.join(sorted({*e['why not faster']} - {''})), 'ok':off <= bound < 1}
-            except Exception as e: row |= {'why':f'{type(e).__name__}: {e}'.splitlines()[0], 'ok':False}
+    rows,right,every = [],{},forms()
+    for device,dtype in itertools.product(devices() if on is None else on, dtypes):
+        if device.type == 'mps' and dtype == torch.float64: continue  # Apple's GPUs have none
+        progress(f'{device}, {str(dtype)[6:]}: {len(every)} forms')
+        for i,(native,jit,args) in enumerate(every):
+            factories = _factories(native, jit, args)
+            if (i,dtype) not in right: right[i,dtype] = _train(factories[0], dtype, torch.float64, 'cpu', steps)[:2]
+            row = dict(optimizer=jit.__name__, form=_label(args), device=str(device), dtype=str(dtype)[6:])
+            try: row |= _compared(*factories, device, dtype, steps, *right[i,dtype])
+            except Exception as e: row |= _failed(e)
             rows.append(row)
-    return WholeTable(pd.DataFrame(rows))
+    return WholeTable(rows)
 
 def summary(
     res:pd.DataFrame # What `selfcheck` gives
 ) -> pd.DataFrame:
     "How many forms are as they should be, and how far off the worst is, for each optimizer, device and dtype"
-    cell = lambda d: f"{d.ok.sum()}/{len(d)} {d['off by'].max():.0e}"
     keys = ['device','optimizer','dtype']
-    by = pd.Series({k: cell(d) for k,d in res.groupby(keys, sort=False)})
-    by.index.names = keys
-    return WholeTable(by.unstack('dtype')[[*res.dtype.unique()]].reindex(res.optimizer.unique(), level='optimizer'))
+    def cell(rows): return f"{rows.ok.sum()}/{len(rows)} {rows['off by'].max():.0e}"
+    cells = pd.Series({key:cell(rows) for key,rows in res.groupby(keys, sort=False)})
+    cells.index.names = keys
+    table = cells.unstack('dtype')[[*res.dtype.unique()]]
+    return WholeTable(table.reindex(res.optimizer.unique(), level='optimizer'))
