@@ -10,46 +10,19 @@ __all__ = []
 # %% ../nbs/21_explain.ipynb #9258b611
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 
 from .check import WholeTable
 from .layout import is_dense
 from .optimizer import JitOptimizer
 from .proof import same_random
+from .trace import Rehearsal
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
-def _tensors(xs): return [t for x in xs for t in (x if isinstance(x, (list,tuple)) else [x]) if isinstance(t, Tensor)]
-
-class _Rehearsal(TorchDispatchMode):
-    "Counts ATen calls, and the memory that they take for a while, without letting them write to what was there before"
-    def __init__(self): super().__init__(); self.calls,self.live,self.peak = [],[],0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        draw = lambda x: x.clone_state() if isinstance(x, torch.Generator) else x
-        args,kwargs = [*map(draw, args)],{k:draw(v) for k,v in (kwargs or {}).items()}
-        self.calls.append(func.__name__.split('.')[0])
-        given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i,a in enumerate(func._schema.arguments)]
-        written = [v for a,v in given if a.alias_info and a.alias_info.is_write]
-        made = {o for o,_ in self.live}
-        if any(StorageWeakRef(t.untyped_storage()) not in made for t in _tensors(written)):
-            # what an op writes to is also what it returns, if it returns anything
-            n = len(func._schema.returns)
-            return None if not n else written[0] if n == 1 else tuple(written)
-        res = func(*args, **kwargs)
-        if not written and not any(r.alias_info for r in func._schema.returns):
-            made = [t.untyped_storage() for t in _tensors([res]) if type(t) is Tensor]
-            new = {StorageWeakRef(s): s.nbytes() for s in made}
-            self.live = [o for o in self.live if not o[0].expired()] + list(new.items())
-            self.peak = max(self.peak, sum(n for _,n in self.live))
-        return res
-
 @torch.no_grad()
 def _rehearse(opt, bucket, grads, scalars, whole):
     "A rehearsal of the next step of `bucket`, after which all generators are as they were"
-    with same_random(bucket.key.device), _Rehearsal() as r: opt._run(bucket, grads, scalars, whole)
+    with same_random(bucket.key.device), Rehearsal() as r: opt._run(bucket, grads, scalars, whole)
     return r
 
 # %% ../nbs/21_explain.ipynb #afccf2cc
@@ -82,5 +55,5 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
         path = _path(r.calls)
         rows.append({'group': key.group, 'wd': self.hypers[key.group].get('wd', 0.) if key.do_wd else 0., 'dtype': str(key.dtype)[6:], 'device': str(key.device),
             'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': 1 if call[1] else len(b.lists[0]),
-            'path': path, 'why not faster': _why(self, plan, b, grads, *call, path), 'ATen calls': len(r.calls), 'scratch, MiB': round(r.peak/2**20, 2)})
+            'path': path, 'why not faster': _why(self, plan, b, grads, *call, path), 'ATen calls': r.calls.total(), 'scratch, MiB': round(r.peak/2**20, 2)})
     return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

@@ -116,7 +116,9 @@ def _sgd(name, new, params, grads, momentum_buffer_list, *, nesterov, maximize, 
     _launch(new, math, lists, hypers, maximize, None, grad_scale, found_inf)
 
 class CudaKernels(TorchDispatchMode):
-    "Compute ATen's fused steps of Adam, AdamW and SGD as a GPU would, counted in `calls`. All else passes through"
+    """Compute ATen's fused steps of Adam, AdamW and SGD as a GPU would, counted in `calls`. All else passes through
+
+    No `fastxtend_jit.trace.Calls`, which watches all calls as they are: this one counts what it replaces"""
     kernels = {'aten::_fused_adam_':_adam, 'aten::_fused_adamw_':_adam, 'aten::_fused_sgd_':_sgd}
 
     def __init__(self,

@@ -2,7 +2,6 @@
 import os,warnings
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 warnings.filterwarnings('ignore', module='torch.jit|fastai')  # about how fastai is written, not about this demo
 import fastai,matplotlib,pandas as pd
@@ -14,6 +13,7 @@ from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 
 from fastxtend_jit.all import *
+from fastxtend_jit.trace import clock
 
 def digits(bs):
     "1797 images of 8x8 pixels, every fifth for validation"
@@ -27,12 +27,12 @@ def small_resnet(width=32, depth=4):
 class StepTimer(Callback):
     "Milliseconds that each `opt.step` takes, and each whole training step"
     order = 100
-    def before_fit(self): self.opt_steps,self.steps = [],[]
-    def before_batch(self): self.start = perf_counter()
-    def before_step(self): self.opt_start = perf_counter()
-    def after_step(self): self.opt_steps.append(1e3*(perf_counter()-self.opt_start))
+    def before_fit(self): self.now,self.opt_steps,self.steps = clock(self.dls.device),[],[]
+    def before_batch(self): self.start = self.now()
+    def before_step(self): self.opt_start = self.now()
+    def after_step(self): self.opt_steps.append(1e3*(self.now()-self.opt_start))
     def after_batch(self):
-        if self.training: self.steps.append(1e3*(perf_counter()-self.start))
+        if self.training: self.steps.append(1e3*(self.now()-self.start))
 
 def train(opt_func, epochs, bs, lr, seed):
     "A Learner trained from `seed` on"

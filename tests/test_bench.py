@@ -49,11 +49,11 @@ def test_end_to_end(folder):
 
 def test_interleave(monkeypatch):
     "All are called as often; outliers do not count; a period is averaged"
-    monkeypatch.setattr(bench, '_clock', lambda device: lambda f: f())
-    calls,after = [],[]
+    calls,after,time = [],[],[0.]
+    monkeypatch.setattr(bench, 'clock', lambda device: lambda: time[0])
     def fn(name, *secs):
         it = cycle(secs)
-        def f(): calls.append(name); return next(it)
+        def f(): calls.append(name); time[0] += next(it)
         return f
     ms = interleave(dict(even=fn('even', .002), spiky=fn('spiky', *[.003]*9, 1.), period=fn('period', .001,.001,.004)), 0,
                     period=3, least=10, after=lambda: after.append(0))
@@ -121,16 +121,6 @@ def test_cuda_launches():
     assert (t.tensors == 4).all() and t.index.tolist() == [*rows]
     assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 launches) and update of each; decay of all, then all the rest
     assert t.ours_to_2_10['lamb'] >= t.ours['lamb'] and t.ours_to_2_10['adam'] == t.ours['adam']
-
-def test_memory_and_calls():
-    x = torch.zeros(1000)
-    def f():
-        y = x.view(10,100)+1
-        z = y*2+y
-        del y,z
-        return x*3
-    assert aten_calls(f) == 4 and 12000 <= peak_memory(f) < 12100
-    assert peak_memory(lambda: x.add_(1)) < 100
 
 def test_targets():
     r = report(cell('many_small','adam', fastai=10, ours=1, torch_fused=1.4, torch_foreach=3, optimi=0.5)

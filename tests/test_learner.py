@@ -16,6 +16,7 @@ from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
 from fastxtend_jit import learner,proof
 from fastxtend_jit.learner import factories_of,jit_opt
+from fastxtend_jit.trace import Calls
 
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
 
@@ -169,11 +170,6 @@ def explained(case, dtype=torch.float32, steps=1, shapes=[(300,40),(40,),(8,4,3,
     for _ in range(steps): opt.step()
     return opt
 
-class Counts(torch.utils._python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n = getattr(self, 'n', 0)+1
-        return func(*args, **(kwargs or {}))
-
 @pytest.mark.parametrize('steps', [1,5,12])
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_explain(case, steps):
@@ -182,8 +178,8 @@ def test_explain(case, steps):
     before = copy.deepcopy((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].taken))
     df = opt.explain()
     assert equal((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].taken), before)
-    with Counts() as real: opt.step()
-    assert df['ATen calls'].sum() == real.n
+    with Calls() as real: opt.step()
+    assert df['ATen calls'].sum() == real.calls.total()
     assert df['tensors'].sum() == 3 and df['elements'].sum() == 300*40+40+8*4*9 and (df['wd'] == 0.01).all()
 
 def path(opt): return opt.explain().iloc[0][['path','why not faster']].tolist()
