@@ -9,6 +9,8 @@ from torch import nn
 from fastxtend_jit import bench
 from fastxtend_jit.all import *
 from fastxtend_jit.bench import *
+from fastxtend_jit.report import *
+from tests.targets import main as check_targets,targets
 
 MS = dict(fastai=20., ours=10., limit=7.)
 
@@ -18,34 +20,40 @@ def with_grads(*shapes):
     return ps
 
 def report(cells=(), training=(), engine=()):
-    return Report(*[pd.DataFrame(list(o)) for o in (cells,training,engine,())], {**machine(), 'device':'cpu', 'seconds':1., 'channels_last':False})
+    info = {**machine(), 'device':'cpu', 'seconds':1., 'channels_last':False}
+    return Report(*[pd.DataFrame(list(o)) for o in (cells,training,engine)], info)
 
-def cell(model, optimizer, limit_ms=1., zero=(2.,1.), **ms):
-    return [dict(model=model, optimizer=optimizer, contestant=n.replace('_',' '), step_ms=t, limit_ms=limit_ms, extra_mb=0., aten_calls=1,
-                 zero_grad_ms=zero[n == 'ours']) for n,t in ms.items()]
+def cell(model, optimizer, limit_ms=1., zero=(2.,1.), run=1, **ms):
+    return [dict(run=run, model=model, optimizer=optimizer, contestant=n.replace('_',' '), step_ms=t, limit_ms=limit_ms,
+                 extra_mb=0., aten_calls=1, zero_grad_ms=zero[n == 'ours']) for n,t in ms.items()]
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     res = tmp_path_factory.mktemp('bench')/'made'
     threads = torch.get_num_threads()
-    main('many_small', 'adam,sgd_l2', seconds=0.05, threads=1, parts='cells,training', out=str(res))
+    main('many_small', 'adam,sgd_l2', seconds=0.05, threads=1, parts='cells,training', repeat=2, out=str(res))
     torch.set_num_threads(threads)
     return res
 
 def test_end_to_end(folder):
     r = Report.load(folder)
-    assert [*r.cells.columns] == ['model','optimizer','contestant','step_ms','limit_ms','extra_mb','aten_calls','zero_grad_ms']
-    peers = ['fastai','ours','torch fused','torch foreach','torch for-loop']
-    for o in ('adam','sgd_l2'): assert {*peers} <= {*r.cells[r.cells.optimizer == o].contestant}
+    times = [f'{what}_{of}' for what in ('step','zero_grad') for of in ('ms','lower','upper')]
+    assert [*r.cells.columns] == ['run','model','optimizer','contestant',*times[:3],'limit_ms','extra_mb','aten_calls',*times[3:]]
+    peers = ['fastai','ours','ours, plain Python','torch fused','torch foreach','torch for-loop']
+    for o in ('adam','sgd_l2'):
+        for run in (1,2): assert {*peers} <= {*r.cells.query('optimizer == @o and run == @run').contestant}
     figures = r.cells.select_dtypes('number')
     assert np.isfinite(figures).all(axis=None) and (figures.drop(columns='extra_mb') > 0).all(axis=None)
+    for what in ('step','zero_grad'):
+        assert (r.cells[f'{what}_lower'] <= r.cells[f'{what}_ms']).all() and (r.cells[f'{what}_ms'] <= r.cells[f'{what}_upper']).all()
     calls = r.cells[r.cells.optimizer == 'adam'].set_index('contestant').aten_calls
-    assert calls['ours'] <= 4 and calls['fastai'] > 5*120
-    assert len(r.training) == 1 and np.isclose(r.training.speed, r.training.fastai_ms/r.training.ours_ms, rtol=1e-4).all()
+    assert calls['ours'].max() <= 4 and calls['fastai'].min() > 5*120
+    assert r.training.run.tolist() == [1,2] and np.isclose(r.training.speed, r.training.fastai_ms/r.training.ours_ms, rtol=1e-4).all()
     assert not len(r.engine) and r.machine['threads'] == 1 and f"torch {torch.__version__.split('+')[0]}" in r.where()
     assert (folder/'speed.png').read_bytes()[:4] == b'\x89PNG'
     assert [*r.speeds().index] == ['adam','sgd_l2','geometric mean'] and 'many_small' in r._repr_markdown_()
-    for word in ('best_peer','Targets','geometric mean of 1 cells',r.where()): assert word in str(r)
+    for word in ('best_peer','ours_upper','vs_plain','Largest over smallest of 2 runs','training step',r.where()): assert word in str(r)
+    assert 'arget' not in str(r) and 'ours_upper' not in r.table() and len(r.table()) == 2
 
 def test_interleave(monkeypatch):
     "All are called as often; outliers do not count; a period is averaged"
@@ -57,22 +65,27 @@ def test_interleave(monkeypatch):
         return f
     ms = interleave(dict(even=fn('even', .002), spiky=fn('spiky', *[.003]*9, 1.), period=fn('period', .001,.001,.004)), 0,
                     period=3, least=10, after=lambda: after.append(0))
-    assert ms == pytest.approx(dict(even=2, spiky=3, period=2))
+    assert {n:t.median for n,t in ms.items()} == pytest.approx(dict(even=2, spiky=3, period=2))
     assert len(after) == len(calls) == 3*30 and all({*calls[i:i+3]} == {'even','spiky','period'} for i in range(0,90,3))
+
+def test_quartiles():
+    assert timing([.001*i for i in range(1, 6)]) == pytest.approx((3,2,4))
+    assert timing([.001,.011,.002,.012,.003,.013], 2) == pytest.approx(((2+12)/2,(1.5+11.5)/2,(2.5+12.5)/2))
+    assert timing([.001,.002,.003]).columns('step') == pytest.approx(dict(step_ms=2, step_lower=1.5, step_upper=2.5))
 
 @pytest.mark.parametrize('name,per_element', dict(sgd=20, sgd_l2=20, rmsprop=20, adam=28, radam=28, qhadam=28, larc=20, lamb=28, ranger=28+8/6).items())
 def test_limit(name, per_element, monkeypatch):
     "The flat step moves 28 bytes an element; the limit is what a step has to move at that bandwidth"
-    monkeypatch.setattr(bench, 'interleave', lambda fns, *a, after=None, **k: {n:MS.get(n, 30.) for n in fns})
+    monkeypatch.setattr(bench, 'interleave', lambda fns, *a, after=None, **k: {n:Timing(*[MS.get(n, 30.)]*3) for n in fns})
     ps = with_grads((64,64), (64,), ())
     d = time_cell(rows[name], ps, lambda: None, 0.)
     assert d.limit_ms.tolist() == pytest.approx([7*per_element/28]*len(d))
     t = report(d.assign(model='m', optimizer=name).to_dict('records')).table()
-    assert t.of_limit.item() == pytest.approx(7*per_element/28/10) and t.vs_fastai.item() == 2
+    assert t.of_limit.item() == pytest.approx(7*per_element/28/10) and t.vs_fastai.item() == 2 and t.vs_plain.item() == 3
     assert all(p.grad is not None for p in ps)
 
 def test_peers():
-    "Contestants with the same maths take nearly the same steps as fastai"
+    "Contestants with the same maths take nearly the same steps as fastai, and ours in plain Python the same as ours"
     for name,row in rows.items():
         torch.manual_seed(0)
         start,res = with_grads((64,64)),{}
@@ -81,19 +94,27 @@ def test_peers():
             ps[0].grad = start[0].grad.clone()
             opt = row.contestants(ps)[n]
             opt.set_hyper('lr', 0.01)
-            if name == 'rmsprop' and n in ('fastai','ours'): opt.set_hyper('wd', 0.)  # `torch.optim`'s has no true weight decay
+            if name == 'rmsprop' and n in ('fastai','ours',PLAIN): opt.set_hyper('wd', 0.)  # `torch.optim`'s has no true weight decay
             for _ in range(10):
                 opt.step()
                 ps[0].grad.copy_(start[0].grad)  # fastai's L2 regularization changes it
             res[n] = ps[0].detach()-start[0].detach()
         for n,moved in res.items(): assert (moved-res['fastai']).norm() < 0.02*res['fastai'].norm(), (name,n)
+        assert torch.equal(res[PLAIN], res['ours']), name
+
+def test_plain():
+    "Another step, and only for this optimizer"
+    opts = rows['adam'].contestants(with_grads((3,)))
+    compiled,plain = opts['ours'].opt_step,opts[PLAIN].opt_step
+    assert compiled is adam_jit_step and isinstance(compiled.compiled, torch.jit.ScriptFunction)
+    assert plain is not compiled and plain.compiled is adam_jit_step.fn and plain.args == compiled.args
 
 def test_training_takes_turns():
     make,batch = bench.models['many_small']
     opts = []
     def keep(f): return lambda *a, **k: opts.append(f(*a, **k)) or opts[-1]
     ms = time_training(make(), batch(), 0.01, dict(fastai=keep(bench.Adam), ours=keep(adam_jit)))
-    assert all(t > 0 for t in ms.values())
+    assert all(0 < t.lower <= t.median <= t.upper for t in ms.values())
     native,jit = [{st['step'] for st in o.state.values()} for o in opts]
     assert native == jit and min(jit) >= 5
 
@@ -101,7 +122,9 @@ def test_engine(monkeypatch):
     monkeypatch.setattr(bench, 'import_time', lambda: 0.25)
     r = report(engine=time_engine(0.1).to_dict('records'))
     assert np.isfinite(r.engine.value).all() and r.engine.value.iloc[-1] == 0.25
-    assert len(r.targets()) == r.engine.at_most.notna().sum() == 6
+    timed = r.engine.dropna()
+    assert len(timed) == 5 and (timed.lower <= timed.value).all() and (timed.value <= timed.upper).all()
+    assert len(targets(r)) == 6  # it has them all, under these names
 
 @pytest.mark.parametrize('name', [n for n in rows if n != 'ranger'])  # slow weights are not the step's own
 def test_bare_step(name):
@@ -116,27 +139,46 @@ def test_bare_step(name):
 
 def test_import_time(): assert 0 < import_time() < 60
 
-def test_cuda_launches():
-    t = cuda_launches(lambda: nn.Sequential(nn.Linear(2,2), nn.Linear(2,2))).set_index('optimizer')
-    assert (t.tensors == 4).all() and t.index.tolist() == [*rows]
-    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 launches) and update of each; decay of all, then all the rest
-    assert t.ours_to_2_10['lamb'] >= t.ours['lamb'] and t.ours_to_2_10['adam'] == t.ours['adam']
+# --- the report
 
-def test_targets():
-    r = report(cell('many_small','adam', fastai=10, ours=1, torch_fused=1.4, torch_foreach=3, optimi=0.5)
-               + cell('xresnet50','adam', 0.8, fastai=10, ours=1, torch_fused=2)
-               + cell('xresnet50','larc', 0.8, fastai=1.2, ours=1), [dict(model='tabular', fastai_ms=3., ours_ms=2., speed=1.5)],
-               [dict(check='overhead', value=2., at_most=1.5), dict(check='no target', value=9., at_most=None), dict(check='groups', value=2., at_most=3.)])
-    t = r.targets().set_index('target')
-    want = {'speed against fastai, geometric mean of 3 cells': ((10*10*1.2)**(1/3), False), 'speed against fastai, slowest of 3 cells': (1.2, False),
-            'speed against the best torch.optim, slowest cell': (1.4, True), 'speed against the best torch.optim, Adam on many_small': (1.4, False),
-            'fraction of the single-pass limit, adam, radam, rmsprop, ranger, sgd_l2': (0.8, False),
-            'fraction of the single-pass limit, larc, lamb': (0.8, True),
-            'zero_grad against fastai on many_small, slowest cell': (2., True), 'training step against fastai, Adam on tabular': (1.5, False),
-            'overhead': (2., False), 'groups': (2., True)}
-    assert {k:(v.measured, v.holds) for k,v in t.iterrows()} == {k:(round(x, 2), h) for k,(x,h) in want.items()}
-    assert t['where']['speed against fastai, slowest of 3 cells'] == 'larc xresnet50'
-    assert r.table().best_peer['many_small','adam'] == 'optimi' and r.table().vs_peer['many_small','adam'] == 0.5
+def test_peer():
+    "The best of the others; ours in plain Python is none of them"
+    r = report(cell('a','adam', fastai=10, ours=1, ours__plain_Python=0.1, torch_fused=1.4, torch_foreach=3, optimi=0.5) + cell('a','larc', fastai=3, ours=1))
+    r.cells.replace('ours  plain Python', PLAIN, inplace=True)
+    t = r.table()
+    assert t.best_peer.tolist() == ['optimi',''] and t.vs_peer['a','adam'] == 0.5 and t.vs_torch['a','adam'] == 1.4
+    assert t.vs_plain['a','adam'] == 0.1 and np.isnan(t.vs_plain['a','larc'])
+
+def test_runs():
+    "Several runs: medians of what they say, and by how much they differ"
+    r = report(sum((cell('a','adam', fastai=f, ours=o, run=i) + cell('b','adam', fastai=10, ours=2, run=i) for i,(f,o) in enumerate([(10,1),(12,3),(14,2)])), []))
+    assert r.runs == 3 and r.table().ours_ms.tolist() == [2,2] and r.table().vs_fastai.tolist() == [6,5]
+    s = r.spread()
+    assert s['median'].tolist() == [1.2,2,1.75,2] and s.largest.tolist() == [1.4,3,2.5,3] and {*s['where']} == {'a adam'}
+    assert 'of 3 runs' in str(r)
+
+def test_variants_alone():
+    "A mean of nothing is none"
+    r = report(cell('a','sgd_l2', fastai=2, ours=1))
+    assert 'mean' not in r.summary() and r.speeds().index.tolist() == ['sgd_l2']
+
+def test_targets(tmp_path, capsys):
+    r = report(cell('many_small','lamb', fastai=10, ours=1) + cell('many_small','adam', zero=(1.9,1.), fastai=2, ours=1)
+               + cell('xresnet50','adam', 0.8, fastai=10, ours=1) + cell('vit_b_16','adam', 0.95, fastai=10, ours=1)
+               + cell('xresnet50','larc', 0.6, fastai=1.2, ours=1) + cell('tabular','larc', fastai=2, ours=1),
+               engine=[dict(check='100 groups of 10 tensors against one of 1,000', value=2.), dict(check='no target', value=9.),
+                       dict(check='many_small after 2,000 steps against a new optimizer', value=1.2)])
+    t = targets(r)
+    want = {'share of the single-pass limit, adam': (0.8, False), 'share of the single-pass limit, larc': (0.6, True),
+            'speed against fastai, lamb on many_small': (10, True), 'speed against fastai, larc on tabular': (2, False),
+            'speed against fastai, slowest cell': (1.2, False), 'zero_grad against fastai on many_small, slowest cell': (1.9, False),
+            '100 groups of 10 tensors against one of 1,000': (2, True), 'many_small after 2,000 steps against a new optimizer': (1.2, False)}
+    assert {k:(v.measured, v.holds) for k,v in t.iterrows()} == want
+    assert t['where']['speed against fastai, slowest cell'] == 'xresnet50 larc' and t['bound']['share of the single-pass limit, adam'] == '≥ 0.9'
+    r.save(tmp_path)
+    assert check_targets(tmp_path) and 'share of the single-pass limit, larc' in capsys.readouterr().out
+    report(engine=r.engine[:1].to_dict('records')).save(tmp_path)
+    assert not check_targets(tmp_path)
 
 @pytest.mark.parametrize('kw,msg', [(dict(device='cuda'), 'no GPU'), (dict(models='vit'), 'no model vit; there are many_small'),
                                     (dict(optimizers='adam lion'), 'no optimizer lion'), (dict(parts='all cells'), 'no part all')])

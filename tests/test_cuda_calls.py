@@ -1,31 +1,25 @@
 "CUDA without a GPU: on fake tensors, count the ATen calls and kernel launches of a step, and find where the host would wait for the device"
-from functools import cache
 from typing import List
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor,nn
-from torch._subclasses.fake_tensor import FakeTensorMode,unset_fake_temporarily
-from fastai.vision.models.xresnet import xresnet50
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit import script
+from fastxtend_jit.bench import rows
 from fastxtend_jit.trace import Launches
 from tests.cases import *
+from tests.launches import cuda_launches,pytorch,with_grads,xresnet_shapes
 
 @pytest.fixture
-def fake_cuda(request, monkeypatch):
+def fake_cuda(request):
     "A GPU that is not there, with or without fused kernels"
-    monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: '' if request.param == 'fused' else 'none')
-    with FakeTensorMode(): yield
+    with pytorch(fused=request.param == 'fused'),FakeTensorMode(): yield
 
 paths = pytest.mark.parametrize('fake_cuda', ['fused','foreach'], indirect=True)
 both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in EIGHT)], ids=str, indirect=['fake_cuda'])
-
-def with_grads(shapes, device='cuda'):
-    ps = [nn.Parameter(torch.empty(s, device=device)) for s in shapes]
-    for p in ps: p.grad = torch.empty_like(p)
-    return ps
 
 def count(opt, steps=1, device='cuda'):
     "Calls and waits of the next `steps` steps, with other hypers at each"
@@ -73,26 +67,20 @@ def made_step(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach
 @paths
 def test_waits_are_seen(step, fake_cuda): assert count(JitOptimizer(with_grads([(4,3)]*2), step, lr=0.1))[0][1]
 
-@cache
-def xresnet_shapes():
-    with unset_fake_temporarily(),torch.device('meta'): shapes = [p.shape for p in xresnet50().parameters()]
-    assert len(shapes) == 167
-    return shapes
-
 def launches(case, shapes, gen, jit=True, steps=(2,10,12), big=False):
     "Launches of the steps with these numbers, which reach RAdam before and after it rectifies, and Ranger's lookahead; nothing waits"
     opt,res = case.make(with_grads(shapes), jit),[]
-    for i in range(1, max(steps)+1):
-        with Launches(gen, big=big) as l: opt.step()
-        if i in steps: res.append(l.total); assert not jit or not l.waits
+    with pytorch(gen):
+        for i in range(1, max(steps)+1):
+            with Launches(gen, big=big) as l: opt.step()
+            if i in steps: res.append(l.total); assert not jit or not l.waits
     return res
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw], ids=str)
 @pytest.mark.parametrize('gen', ['old','new'])
 @pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
-def test_launches(case, gen, fake_cuda, monkeypatch):
+def test_launches(case, gen, fake_cuda):
     "At most 80 for the 167 tensors of xresnet50, and one more for four tensors more, by the rules before and after PyTorch 2.11"
-    monkeypatch.setattr('fastxtend_jit.optimizer.slow_numbers', gen == 'old')
     shapes = xresnet_shapes()
     one,two = (launches(case, shapes*n, gen) for n in (1,2))
     assert max(one) <= 80
@@ -139,6 +127,13 @@ def test_strides_of_size_1(gen, fake_cuda):
             with Launches(gen) as l: opt.step()
         assert 'copy_' not in l.calls or case.jit is larc_jit  # its rates
 
+def test_cuda_launches():
+    "The table on the page performance"
+    t = cuda_launches([(2,2),(2,),(2,2),(2,)]).set_index('optimizer')
+    assert (t.tensors == 4).all() and t.index.tolist() == [*rows]
+    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 launches) and update of each; decay of all, then all the rest
+    assert t.ours_to_2_10['lamb'] >= t.ours['lamb'] and t.ours_to_2_10['adam'] == t.ours['adam']
+
 # TorchScript's own fuser
 
 def fusible(params:List[Tensor], grads:List[Tensor], lr:float):
@@ -164,16 +159,15 @@ def test_no_kernels_at_run_time(case, monkeypatch):
     assert ('TensorExprGroup' in graph) == (case is None)
 
 @pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
-def test_table(record_property, fake_cuda, monkeypatch):
+def test_table(record_property, fake_cuda):
     "What fastai and ours need for xresnet50, printed below the other results"
-    rows,names = {},['step 2','step 10','step 12']
+    table,names = {},['step 2','step 10','step 12']
     for case in EIGHT:
         theirs = launches(case, xresnet_shapes()[:20], 'new', jit=False)
         row = {('fastai, for 20 of them',n):v for n,v in zip(names, theirs)}
         for gen,what in (('old','to 2.10'),('new','from 2.11')):
-            monkeypatch.setattr('fastxtend_jit.optimizer.slow_numbers', gen == 'old')
             row |= {(f'ours, {what}',n):v for n,v in zip(names, launches(case, xresnet_shapes(), gen))}
         row |= {('ours, CUDA 13',n):v for n,v in zip(names, launches(case, xresnet_shapes(), 'new', big=True))}
-        rows[case.native.__name__] = row
-    df = pd.DataFrame(rows).T
+        table[case.native.__name__] = row
+    df = pd.DataFrame(table).T
     record_property('show', f"Kernel launches of a step on CUDA by ATen's rules: xresnet50, 167 tensors\n{df.to_string()}")
