@@ -16,11 +16,12 @@ def asks(x):
 def mark():
     with record_function('a name'): pass
 
-@pytest.mark.parametrize('f', [lambda: X.view(6).t()[0], X.detach, lambda: torch.ops.aten._unsafe_view(X, [6]), lambda: asks(X), mark],
-                         ids=['view','detach','unsafe_view','question','mark'])
+@pytest.mark.parametrize('f', [lambda: X.view(6).t()[0], X.detach, lambda: torch.ops.aten._unsafe_view(X, [6]),
+                               lambda: asks(X), mark], ids=['view','detach','unsafe_view','question','mark'])
 def test_computes_nothing(f): assert aten_calls(f) == 0
 
-@pytest.mark.parametrize('make', [Calls,Traffic,Rehearsal,lambda: Launches(device='cpu')], ids=['Calls','Traffic','Rehearsal','Launches'])
+@pytest.mark.parametrize('make', [Calls,Traffic,Rehearsal,lambda: Launches(device='cpu')],
+                         ids=['Calls','Traffic','Rehearsal','Launches'])
 def test_counts(make):
     "All agree"
     with make() as mode: torch.empty(3).fill_(X[0].sum().item())
