@@ -8,6 +8,6 @@ from .qhadam import *
 from .larc import *
 from .lamb import *
 from .ranger import *
-from .learner import *
+from .learner import jit_opt
 from .compare import *
 from .explain import *

@@ -13,47 +13,47 @@ import torch
 from fastcore.basics import patch
 
 from .check import WholeTable
-from .layout import is_dense
 from .optimizer import JitOptimizer
 from .proof import same_random
 from .trace import Rehearsal
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
 @torch.no_grad()
-def _rehearse(opt, bucket, grads, scalars, whole):
+def _rehearse(bucket, grads, scalars):
     "A rehearsal of the next step of `bucket`, after which all generators are as they were"
-    with same_random(bucket.key.device), Rehearsal() as r: opt._run(bucket, grads, scalars, whole)
+    with same_random(bucket.key.device), Rehearsal() as r: bucket.run(grads, scalars)
     return r
 
-# %% ../nbs/21_explain.ipynb #afccf2cc
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
 
-def _why(opt, plan, bucket, grads, scalars, whole, path):
+# %% ../nbs/21_explain.ipynb #afccf2cc
+def _why(step, bucket, grads, scalars, path):
     "Why `bucket` takes no faster path"
-    p,step = bucket.slots[0].param,opt.opt_step
+    later = lambda: _path(_rehearse(bucket, grads, {**scalars, 'step':10_000}).calls)
     if path == 'fused': why = []
-    elif 'fused' not in step.args: why = ['the step has no fused form']
-    elif not is_dense(p): why = ['the parameters have gaps in memory']
-    elif not bucket.key.able: why = ['the kernels take no tensors that are distributed']
-    elif not bucket.key.fused: why = [plan.fault(opt, bucket.key)]
-    elif 'step' in scalars and _path(_rehearse(opt, bucket, grads, {**scalars, 'step':10_000}, whole).calls) == 'fused': why = ['fused from a later step on']
+    elif bucket.fault: why = [bucket.fault]
+    elif 'step' in scalars and later() == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
     if bucket.key.copied: why.append(f'copies {len(bucket.slots)} gradients')
-    if not isinstance(step.compiled, torch.jit.ScriptFunction): why.append('TorchScript does not support this Python')
+    if not step.is_compiled: why.append('TorchScript cannot compile here')
     return '; '.join(why)
+
+def _row(opt, bucket, grads, scalars):
+    "What `explain` says of a bucket"
+    r,ps,key = _rehearse(bucket, grads, scalars),[s.param for s in bucket.slots],bucket.key
+    wd,path = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.,_path(r.calls)
+    return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
+            'elements': sum(p.numel() for p in ps), 'batches': len(bucket.kept[0]), 'path': path,
+            'why not faster': _why(opt.opt_step, bucket, grads, scalars, path),
+            'ATen calls': r.calls.total(), 'scratch, MiB': round(r.peak/2**20, 2)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
-    "What the next step does for the gradients as they are, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
-    plan,grads,calls = self._prepare() if self._plan else (None,None,[])
-    if not calls:
-        raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` after `backward()`. The same holds after "
-                           "`clear_state` (which `freeze` calls), after `to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
-    rows = []
-    for b,call in zip(plan.buckets, calls):
-        r,ps,key = _rehearse(self, b, grads, *call),[s.param for s in b.slots],b.key
-        path = _path(r.calls)
-        rows.append({'group': key.group, 'wd': self.hypers[key.group].get('wd', 0.) if key.do_wd else 0., 'dtype': str(key.dtype)[6:], 'device': str(key.device),
-            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': 1 if call[1] else len(b.lists[0]),
-            'path': path, 'why not faster': _why(self, plan, b, grads, *call, path), 'ATen calls': r.calls.total(), 'scratch, MiB': round(r.peak/2**20, 2)})
+    "What the next step does, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
+    plan,grads,scalars = self._prepare() if self._plan else (None,None,())
+    if not scalars:
+        raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` "
+                           "after `backward()`. The same holds after `clear_state` (which `freeze` calls), after "
+                           "`to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
+    rows = [_row(self, b, grads, s) for b,s in zip(plan.buckets, scalars)]
     return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

@@ -27,18 +27,14 @@ def local(
 def memory_order(
     t:Tensor # Strided tensor
 ) -> tuple:
-    "Strides of `t` in dimensions of more than one element: equal for tensors of one shape that lie in memory in one order"
+    "Strides of `t` in dimensions of more than one element: alike for tensors of one shape that lie in one order"
     return tuple(s for s,n in zip(t.stride(), t.shape) if n > 1)
 
 def is_dense(
     t:Tensor # Strided tensor
 ) -> bool:
     "Does `t` fill its stretch of memory, without gaps and overlaps, in any order?"
-    size = 1
-    for s,n in sorted((s,n) for s,n in zip(t.stride(), t.shape) if n > 1):
-        if s != size: return False
-        size *= n
-    return True
+    return torch.ops.aten.is_non_overlapping_and_dense(t)
 
 def flat(
     t:Tensor # Dense tensor
@@ -77,7 +73,7 @@ def find_shared(
     ts:list, # Tensors, of which those without elements or memory of their own are left out
     read:list=() # More of them, which may have bytes in common with each other
 ) -> tuple|None:
-    "Positions of two tensors with a byte in common, the earlier one first, or `None`; those of `read` count on from `ts`"
+    "Positions of two tensors with a byte in common, the earlier first, or `None`; those of `read` count on from `ts`"
     every,by_device = [*ts,*read],{}
     for i,t in enumerate(every):
         if is_plain(t) and t.numel() and t.data_ptr(): by_device.setdefault(t.device, []).append((*stretch(t),i))

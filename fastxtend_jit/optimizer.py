@@ -11,271 +11,285 @@ __all__ = ['slow_numbers', 'JitOptimizer', 'JitLookahead']
 import warnings
 from collections import defaultdict
 from itertools import chain
-from operator import index
+from operator import itemgetter
 from typing import Callable
 
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .bucket import Key,batch_size,cut
 from .fragments import lookahead
+from .guard import (as_scalar,check_count,check_hypers,check_keys,check_lists,check_loaded,check_state,check_states,
+                                 param_names)
 from .layout import find_shared,local
-from .plan import Key,Plan,Slot,check_state,make_batches,same
+from .plan import Plan
 from .proof import check_compiled
 from .script import given,jit_step
+from .snapshot import Snapshot,same
 
 # %% ../nbs/03_optimizer.ipynb #5d51926d
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #14f1ed3d
-def _scalar(v, to, what):
-    "`v` as a scalar of type `to`, which TorchScript insists on; raises `TypeError` if it is none"
-    if type(v) is to is not int: return v
-    try:
-        if to is float and not isinstance(v, str): return float(v)
-        if to is int and -2**63 <= index(v) < 2**63: return index(v)
-        if to is bool and hasattr(v, '__bool__'): return bool(v)  # as fastai takes a constant, by its truth value
-    except (TypeError,ValueError,RuntimeError): pass
-    raise TypeError(f"{what} has to be {({float:'a number', int:'a whole number', bool:'true or false'})[to]}, but is {v!r}.")
+# %% ../nbs/03_optimizer.ipynb #95b4a6f7
+_common = 'lr','mom','wd'  # hypers that fastai sets for any optimizer
+# PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (ATen/native/cuda/ForeachPointwiseOp.cu)
+slow_numbers = tuple(map(int, torch.__version__.split('.')[:2])) < (2,11)
 
-class JitOptimizer(Optimizer):
+def _sorted_defaults(step, given, defaults):
+    "Names of state, constants, and hypers in the step's order, from an optimizer's arguments; raises if one is unknown"
+    defaults = dict(defaults)
+    state = tuple(n for n in step.state if n not in step.optional or defaults.pop(n, True))
+    consts = {n:defaults.pop(n) for n in step.consts if n in defaults}
+    if unknown := {*defaults} - {*step.hypers, *_common, 'train_bn'}:
+        takes = [n for n in step.args[2:] if n not in given and (n not in step.state or n in step.optional)]
+        raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(unknown))}; it takes {', '.join(takes)}.")
+    there = {**step.defaults, **defaults}
+    hypers = {n:there[n] for n in step.hypers if n in there and n not in given}
+    return state,consts,{**hypers, **defaults}
+
+class _Configured(Optimizer):
+    "An `Optimizer` with hypers and constants of a step function in place of callbacks"
+    given    = given  # arguments of a step that the optimizer itself fills in, with their types
+    reserved = 'self','opt_step'  # arguments of its own, whose names a step cannot have for one of its
+    def __init__(self, params, step, decouple_wd, defaults):
+        if not len(params):
+            raise ValueError("The optimizer got no parameters: pass `model.parameters()`, "
+                             "or a list of lists of parameters.")
+        for n in step.args[2:]:
+            if n in self.reserved: self._refuse(step, n, 'an argument')
+        step.check_given(self.given)
+        self.state_names,consts,hypers = _sorted_defaults(step, self.given, defaults)
+        no_effect = {n:hypers.pop(n) for n in ['train_bn'] if n in hypers and n not in step.hypers}  # as fastai says
+        self.opt_step = step
+        super().__init__(params, [], **no_effect)
+        for i,pg in enumerate(self.param_lists):
+            for p in pg:
+                if not isinstance(p, Tensor):
+                    raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: "
+                                    "pass a list of parameters, or a list of lists of them.")
+        self.set_hypers(**hypers)
+        self.consts = self._checked_consts(step, consts, decouple_wd)
+
+    def _refuse(self, step, n, what):
+        raise TypeError(f"`{step.__name__}` has an argument `{n}`, which is also the name of {what} of "
+                        f"`{type(self).__name__}`: give it another name.")
+
+    def _checked_consts(self, step, consts, decouple_wd):
+        values = {'decouple_wd':False, **step.defaults, **consts}
+        if decouple_wd is not ...: values['decouple_wd'] = decouple_wd
+        res = {'decouple_wd': as_scalar(values['decouple_wd'], bool, "`decouple_wd`")}
+        for n in step.consts:
+            if n in self.given or n in res: continue
+            if hasattr(self, n): self._refuse(step, n, 'an attribute')
+            if n not in values:
+                raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
+            res[n] = as_scalar(values[n], step.scalars[n], f"`{n}`")
+        return res
+
+    # Constants have a place of their own, so that none can come in the way of what the optimizer keeps for itself
+    def __getattr__(self, n):
+        if n in self.__dict__.get('consts', ()): return self.consts[n]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{n}'", name=n, obj=self)
+
+    def __setattr__(self, n, v):
+        if n in self.__dict__.get('consts', ()): self.consts[n] = v
+        else: super().__setattr__(n, v)
+
+    def _set_hyper(self, k, v):
+        if k not in self.opt_step.hypers and k not in _common:
+            uses = ', '.join(n for n in self.opt_step.hypers if n not in self.given)
+            warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
+        super()._set_hyper(k, v)
+
+# %% ../nbs/03_optimizer.ipynb #b620c116
+class _Stepping(_Configured):
+    "Takes steps by a plan"
+    _plan = _snapshot = None
+    _varying = property(lambda self: tuple(n for n,to in self.given.items() if to is bool and n in self.opt_step.args))
+
+    @torch.no_grad()
+    def step(self,
+        closure=None # For PyTorch's signature; fastai does not support one
+    ):
+        "Take a step for all parameters that have a gradient; raises, before it changes anything, if one cannot take it"
+        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: "
+                                                          "compute the loss and gradients, then call `step()`.")
+        plan,grads,scalars = self._prepare()
+        is_new,self._plan = plan is not self._plan,None
+        if is_new: self._commit(plan, grads)
+        for bucket,args in zip(plan.buckets, scalars): self._run(bucket, grads, args)
+        self._finish(plan)
+        self._plan = plan
+
+    def _prepare(self):
+        "The plan, gradients, and scalars for each bucket; raises if the step cannot be taken"
+        if len(self.param_lists) > len(self.hypers):
+            raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: "
+                             "make a new optimizer to add a group.")
+        params = [*chain.from_iterable(self.param_lists)]
+        grads,plan = [p.grad for p in params],self._plan
+        if plan is None or not self._snapshot.matches(self, params, grads): plan = Plan(self, params, grads)
+        scalars = self._scalars_of(plan)
+        if not plan.fits(scalars):
+            plan = Plan(self, params, grads)
+            scalars = self._scalars_of(plan)
+        if check := self.opt_step.check:
+            for args in scalars: check(**args)
+        return plan,grads,scalars
+
+    def _commit(self, plan, grads):
+        "Make state of a new plan the optimizer's"
+        plan.commit(self)
+        self._snapshot = Snapshot(self, plan, grads)
+
+    def _run(self, bucket, grads, scalars):
+        try: bucket.run(grads, scalars)
+        except Exception: raise
+        except BaseException:  # an interrupt, which Python holds back until the kernels are through
+            bucket.count_step()
+            raise
+        bucket.count_step()
+
+    def _finish(self, plan): "What comes after all buckets"
+
+    def _filled(self, key, taken, fused):
+        "Arguments that the optimizer itself fills in"
+        return dict(do_wd=key.do_wd, step=taken+1, fused=fused, flat=key.flat,
+                    slow_numbers=slow_numbers and fused and key.device.type == 'cuda')
+
+    def _scalars(self, key, taken=0, fused=False):
+        "Scalar arguments of the step for parameters that have taken so many, by name"
+        group,filled,res = key.group,self._filled(key, taken, fused),{}
+        hypers = self.hypers[group]
+        for n,to in self.opt_step.scalars.items():
+            if n in filled: res[n] = as_scalar(filled[n], to, f"`{n}`")
+            elif to is not float: res[n] = as_scalar(self.consts[n], to, f"`{n}`")
+            elif n in hypers: res[n] = as_scalar(hypers[n], to, f"Hyper `{n}` of group {group}")
+            else: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {group} does not "
+                                   f"have: pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
+        return res
+
+    def _scalars_of(self, plan): return [self._scalars(b.key, b.taken, not b.fault) for b in plan.buckets]
+
+# %% ../nbs/03_optimizer.ipynb #162fe649
+def _alike(ts):
+    "Lists of tensors of one kind: kernels for lists are fast only for these"
+    if len({*map(type, ts)}) == len({t.dtype for t in ts}) == 1: return [ts]
+    res = {}
+    for t in ts: res.setdefault((type(t),t.dtype,t.device), []).append(t)
+    return res.values()
+
+def _own(p, v):
+    "A copy of `v` on its parameter's device"
+    if not isinstance(v, Tensor): return v
+    # a parameter on the CPU may follow its state later: fastai moves a model when training starts
+    return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
+
+# %% ../nbs/03_optimizer.ipynb #14f1ed3d
+class JitOptimizer(_Stepping):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
-    _given    = given  # arguments of a step that the optimizer itself fills in
-    _common   = ('lr','mom','wd')  # hypers that fastai sets for any optimizer
-    _reserved = ('self','opt_step')  # arguments of its own, whose names a step cannot have for one of its
-    _apart    = ()  # state that is not in `opt.state`
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
-        decouple_wd:bool=..., # Use true weight decay or L2 regularization, if the step knows weight decay; `...` for the step's own default, or else L2
-        **defaults # Hypers and constants of `opt_step`; a state's name with `False` where this optimizer goes without it
+        decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
+        **defaults # Hypers and constants of `opt_step`; `False` for a state that this optimizer goes without
     ):
-        params,step = L(params),jit_step(opt_step)
-        if not len(params): raise ValueError("The optimizer got no parameters: pass `model.parameters()`, or a list of lists of parameters.")
+        step = jit_step(opt_step)
         step.compiled  # now: a mistake in a step should show where the optimizer is made
-        step.check_given(self._given)
-        self.opt_step,self._plan = step,None
-        for n in step.args[2:]:
-            if n in self._reserved: self._refuse(n, 'an argument')
-        self.state_names = tuple(n for n in step.state if n not in step.optional or defaults.pop(n, True))
-        consts = {n:defaults.pop(n) for n in step.consts if n in defaults}
-        if odd := {*defaults} - {*step.hypers, *self._common, 'train_bn'}:
-            may = [n for n in step.args[2:] if n not in self._given and (n not in step.state or n in step.optional)]
-            raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(odd))}; it takes {', '.join(may)}.")
-        super().__init__(params, [], **{n:defaults.pop(n) for n in ['train_bn'] if n in defaults and n not in step.hypers})  # fastai says that it has no effect
-        hypers = [n for n in step.hypers if n not in self._given and n in {*defaults, *step.defaults}]
-        self.set_hypers(**{n:defaults.pop(n, step.defaults.get(n)) for n in hypers}, **defaults)  # in the step's order
-        self._set_consts(consts | {'decouple_wd': step.defaults.get('decouple_wd', False) if decouple_wd is ... else decouple_wd})
-        for i,pg in enumerate(self.param_lists):
-            for p in pg:
-                if not isinstance(p, Tensor): raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: pass a list of parameters, or a list of lists of them.")
-        try: scalars = self._read_scalars(Key(), 0)
+        super().__init__(L(params), step, decouple_wd, defaults)
+        try: scalars = self._scalars(Key())
         except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
         check_compiled(step, self.state_names, scalars, self._varying)
 
-    def _refuse(self, n, what):
-        raise TypeError(f"`{self.opt_step.__name__}` has an argument `{n}`, which is also the name of {what} of `{type(self).__name__}`: give it another name.")
+    @torch.no_grad()
+    def zero_grad(self):
+        "Zero all gradients in place, in one call for each dtype and device"
+        grads = [g for p in chain.from_iterable(self.param_lists) if (g := p.grad) is not None]
+        for g in grads:
+            if g.requires_grad: g.detach_()
+        for gs in _alike(grads): torch._foreach_zero_(gs)
 
-    def _set_consts(self, values):
-        "Constants are attributes, which may be changed"
-        step = self.opt_step
-        self.decouple_wd = _scalar(values['decouple_wd'], bool, "`decouple_wd`")
-        for n in step.consts:
-            if n in (*self._given,'decouple_wd'): continue
-            if hasattr(self, n): self._refuse(n, 'an attribute')
-            if n not in values and n not in step.defaults: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
-            setattr(self, n, _scalar(values.get(n, step.defaults.get(n)), step.__signature__.parameters[n].annotation, f"`{n}`"))
-
-    def _set_hyper(self, k, v):
-        if k not in self.opt_step.hypers and k not in self._common:
-            warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {', '.join(n for n in self.opt_step.hypers if n not in self._given)}.")
-        super()._set_hyper(k, v)
-
-    _varying = property(lambda self: tuple(n for n,to in self._given.items() if to is bool and n in self.opt_step.args))
-    def _values(self, key, taken):
-        "What the optimizer fills in"
-        return dict(do_wd=key.do_wd, step=taken+1, fused=key.fused, flat=key.flat, slow_numbers=slow_numbers and key.fused and key.device.type == 'cuda')
-    def _contents(self):
-        "The containers of state and their keys, to be compared by identity"
-        return [self.state, *self.state, *self.state.values(), *chain.from_iterable(self.state.values())]
-    def _get_state(self, i, st, name): return st.get(name)
-    def _set_state(self, i, p, new): self.state.setdefault(p, {}).update(new)
-    def __getstate__(self): return {**self.__dict__, '_plan': None}
-
-# %% ../nbs/03_optimizer.ipynb #b620c116
-# PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (aten/src/ATen/native/cuda/ForeachPointwiseOp.cu)
-slow_numbers = tuple(map(int, torch.__version__.split('.')[:2])) < (2,11)
-_openmp = 'OpenMP' in torch.__config__.parallel_info()  # other backends cannot change the number of threads once they have worked
-
-@patch
-def _read_scalars(self:JitOptimizer, key, taken):
-    "The step's scalar arguments for a bucket that has taken so many steps, by name"
-    group,values,res = key.group,self._values(key, taken),{}
-    hypers = self.hypers[group]
-    for n,to in self.opt_step.scalars.items():
-        if n in values: res[n] = _scalar(values[n], to, f"`{n}`")
-        elif to is not float: res[n] = _scalar(getattr(self, n), to, f"`{n}`")
-        elif n in hypers: res[n] = _scalar(hypers[n], to, f"Hyper `{n}` of group {group}")
-        else: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {group} does not have: "
-                               f"pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
-    return res
-
-@patch
-def _get_plan(self:JitOptimizer):
-    "The plan for the gradients as they are, and these gradients; raises if a step could not be taken"
-    if len(self.param_lists) > len(self.hypers): raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: make a new optimizer to add a group.")
-    params = [*chain.from_iterable(self.param_lists)]
-    grads = [p.grad for p in params]
-    plan = self._plan
-    if plan is None or not plan.holds(self, params, grads): plan = Plan(self, params, grads)
-    plan.memory.check_apart(grads)
-    return plan,grads
-
-@patch
-def _prepare(self:JitOptimizer):
-    "All that a step needs: plan, gradients, and for each bucket its scalars and whether it goes in one batch; raises if the step could not be taken"
-    (plan,grads),step = self._get_plan(),self.opt_step
-    scalars = [self._read_scalars(b.key, b.taken) for b in plan.buckets]
-    if not all([plan.suits(self, b, s) for b,s in zip(plan.buckets, scalars)]):
+    def clear_state(self):
+        "Forget averages and step counts; keep which parameters take no decay and which are always trained"
+        super().clear_state()
         self._plan = None
-        return self._prepare()
-    calls = []
-    for b,s in zip(plan.buckets, scalars):
-        if step.check: step.check(**s)
-        calls.append((s, b.uncut is not None and bool(step.in_place(**s))))
-    return plan,grads,calls
 
-@patch
-def _run(self:JitOptimizer, bucket, grads, scalars, whole):
-    "Let the kernels run for one bucket"
-    args,run,threads = bucket.args(grads, whole),self.opt_step.over(self.state_names),torch.get_num_threads()
-    one_thread = bucket.key.small and _openmp and threads > 1
-    try:
-        if one_thread: torch.set_num_threads(1)
-        run(*args, *scalars.values())
-    finally:
-        if one_thread: torch.set_num_threads(threads)
-
-@patch
-@torch.no_grad()
-def step(self:JitOptimizer,
-    closure=None # For PyTorch's signature; fastai does not support one
-):
-    "Take a step for all parameters that have a gradient; raises, before it changes anything, if one cannot take it"
-    if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: compute the loss and gradients, then call `step()`.")
-    plan,grads,calls = self._prepare()
-    self._plan = None  # until the step is through: if anything interrupts it, the next one looks at everything anew
-    self._commit(plan)
-    for k,(b,call) in enumerate(zip(plan.buckets, calls)):
-        try: self._run(b, grads, *call)
-        except Exception: raise
-        except BaseException: plan.count(k); raise  # an interrupt, which Python holds back until the kernels are through
-        plan.count(k)
-    self._finish(plan)
-    plan.note(self)
-    self._plan = plan
-
-@patch
-def _commit(self:JitOptimizer, plan): plan.commit(self)
-@patch
-def _finish(self:JitOptimizer, plan): "What comes after all buckets"
-
-# %% ../nbs/03_optimizer.ipynb #162fe649
-@patch
-@torch.no_grad()
-def zero_grad(self:JitOptimizer):
-    "Zero all gradients in place, in one call for each dtype and device"
-    grads = [g for p in chain.from_iterable(self.param_lists) if (g := p.grad) is not None]
-    for g in grads:
-        if g.requires_grad: g.detach_()
-    alike = {}
-    if len({*map(type, grads)}) == len({g.dtype for g in grads}) == 1: alike[0] = grads
-    else:  # kernels for lists are fast only if all their tensors are alike
-        for g in grads: alike.setdefault((type(g),g.dtype,g.device), []).append(g)
-    for gs in alike.values(): torch._foreach_zero_(gs)
-
-# %% ../nbs/03_optimizer.ipynb #b461587a
-@patch
-def clear_state(self:JitOptimizer):
-    "Forget averages and step counts; keep which parameters take no decay and which are always trained"
-    Optimizer.clear_state(self)
-    self._plan = None
-
-def _own(p, v):
-    "A copy of `v` on its parameter's device; a parameter on the CPU may follow later, as fastai moves a model only when training starts"
-    return v.detach().to(v.device if p.is_cpu else p.device, copy=True) if isinstance(v, Tensor) else v
-
-_loaded = ('shape','dtype','device_mesh','placements')  # what has to fit in a state that is loaded
-
-def _bad(msg): raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
-
-@patch
-def _check_state_dict(self:JitOptimizer, sd):
-    "Raise if `sd` does not fit"
-    if not isinstance(sd, dict): raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. Read a file by `torch.load`, or by `learn.load`.")
-    for k in ('state','hypers'):
-        if k not in sd: _bad(f"it has no `{k}`, only {sorted(map(str, sd))}.")
-        if not isinstance(sd[k], (list,tuple,L)): _bad(f"its `{k}` has to be a list, but is a {type(sd[k]).__name__}.")
-    params = [(f'parameter {j} of group {i}', p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
-    if len(sd['hypers']) != len(self.param_lists): _bad(f"it has {len(sd['hypers'])} parameter groups, the optimizer has {len(self.param_lists)}.")
-    if len(sd['state']) != len(params): _bad(f"it has state for {len(sd['state'])} parameters, the optimizer has {len(params)}.")
-    step = self.opt_step
-    hypers = [n for n,to in step.scalars.items() if to is float and n not in self._given]
-    need = [n for n in (*self.state_names,'step') if n in step.args and n not in self._apart]
-    for i,h in enumerate(sd['hypers']):
-        if not isinstance(h, dict): _bad(f"hypers of group {i} are {h!r}, not a dict.")
-        if lost := [n for n in hypers if n not in h]: _bad(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(map(str, h))}.")
-        for n in hypers:
-            try: _scalar(h[n], float, f"hyper `{n}` of group {i}")
-            except TypeError as e: _bad(e)
-    for (name,p),st in zip(params, sd['state']):
-        if not isinstance(st, dict): _bad(f"state of {name} is {st!r}, not a dict.")
-        if type(n := st.get('step', 0)) is not int or n < 0: _bad(f"`step` of {name} has to be a whole number, at least 0, but is {n!r}.")
-        has = [n for n in self.state_names if n in st]
-        if has and (lost := [n for n in need if n not in st]): _bad(f"state of {name} has {', '.join(has)}, but no {', '.join(lost)}.")
-        try: [check_state(p, st[n], n, name, _loaded, n in step.numbers) for n in has]
-        except (TypeError,ValueError) as e: _bad(e)
-
-@patch
-def load_state_dict(self:JitOptimizer,
-    sd:dict # State dict of this optimizer or of its fastai counterpart
-):
-    "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
-    self._check_state_dict(sd)
-    self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(self.all_params().itemgot(0), sd['state'])})
-    self.hypers,self._plan = L({**h} for h in sd['hypers']),None
-
-# %% ../nbs/03_optimizer.ipynb #2efcb9f2
-class JitLookahead(JitOptimizer):
-    "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
-    _given,_apart = {**JitOptimizer._given, 'alpha':float, 'lookahead':bool},('slow_weights',)
-    _reserved = (*JitOptimizer._reserved,'k')
-    def __init__(self,
-        params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
-        opt_step:Callable, # Step function with the arguments `slow_weights`, `alpha` and `lookahead`
-        decouple_wd:bool=..., # Use true weight decay or L2 regularization, if the step knows weight decay; `...` for the step's own default, or else L2
-        k:int=6, # How often to conduct Lookahead step, at least 1
-        alpha:float=0.5, # Slow weight moving average coefficient
-        **defaults # As in `JitOptimizer`
+    def load_state_dict(self,
+        sd:dict # State dict of this optimizer or of its fastai counterpart
     ):
-        opt_step = jit_step(opt_step)
-        if lost := {'slow_weights','alpha','lookahead'} - {*opt_step.args}: raise TypeError(f"Step function `{opt_step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
-        self.k,self.alpha = _scalar(k, int, "`k`"),_scalar(alpha, float, "`alpha`")
-        if self.k < 1: raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
-        self._init_state()
-        super().__init__(params, opt_step, decouple_wd, **defaults)
+        "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
+        self._check_state_dict(sd)
+        params = self.all_params().itemgot(0)
+        self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(params, sd['state'])})
+        self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-    def _init_state(self): self.count,self.slow_weights,self._slow,self._slow_of,self._entangled = 0,None,[],[],False
-    def _contents(self): return [*self._slow, *super()._contents()]
-    def _values(self, key, taken): return {**super()._values(key, taken), 'alpha':self.alpha, 'lookahead':self._is_kth() and not self._entangled}
-    def _is_kth(self): return (self.count+1) % _scalar(self.k, int, "`k`") == 0
-    def _get_state(self, i, st, name): return self._slow[i] if name in self._apart else super()._get_state(i, st, name)
-    def _set_state(self, i, p, new):
-        if 'slow_weights' in new: self._put_slow(i, new.pop('slow_weights'))
-        super()._set_state(i, p, new)
+    def _check_state_dict(self, sd):
+        if not isinstance(sd, dict):
+            raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. "
+                            "Read a file by `torch.load`, or by `learn.load`.")
+        check_keys(sd, 'state', 'hypers')
+        step,names = self.opt_step,param_names(self.param_lists)
+        check_states(sd['state'], len(names))
+        check_hypers(sd['hypers'], [n for n in step.hypers if n not in self.given], len(self.param_lists))
+        needed = [n for n in (*self._in_state,'step') if n in step.args]
+        for (p,*_),st,name in zip(self.all_params(), sd['state'], names):
+            check_loaded(p, st, name, self.state_names, needed, step.numbers)
+
+    # Where the step's state is to be found, in `opt.state`
+    _in_state = property(lambda self: self.state_names)
+    def _get_state(self, i, own, name): return own.get(name)
+    def _state_columns(self, dicts): return {f'state `{n}`': [*map(itemgetter(n), dicts)] for n in self._in_state}
+    def _take_state(self, slot):
+        slot.own.update(slot.made)
+        self.state.setdefault(slot.param, slot.own)
+
+    def __getstate__(self): return {**self.__dict__, '_plan':None, '_snapshot':None}
+
+# %% ../nbs/03_optimizer.ipynb #ca4c6896
+def _in_groups(ts, groups):
+    "`ts` in lists as long as `groups`"
+    ts = iter(ts)
+    return L(L(next(ts) for _ in g) for g in groups)
+
+def _sizes(groups): return [*map(len, groups)]
+
+class _SlowWeights(JitOptimizer):
+    "Keeps slow weights, in groups like parameters"
+    count,slow_weights = 0,None
+    _slow = _slow_of = ()  # as one list, and whose they are
+
+    def _dealt(self):
+        "Slow weights in groups like the parameters', if only these were split or merged since; else as they are"
+        if _sizes(self.slow_weights) == _sizes(self.param_lists): return self.slow_weights
+        slow,params = ([*chain.from_iterable(o)] for o in (self.slow_weights,self.param_lists))
+        if len(slow) != len(params) or not same(self._slow_of, params): return self.slow_weights
+        return _in_groups(slow, self.param_lists)
+
+    def _prepare(self):
+        if self.slow_weights is None: slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
+        else: slow = self._dealt()
+        sizes,has = _sizes(self.param_lists),_sizes(slow)
+        if sizes != has:
+            raise ValueError(f"There are slow weights for groups of {has} parameters, but the groups have {sizes}: "
+                             "call `clear_state()` after changing `param_lists`.")
+        self._slow = [*chain.from_iterable(slow)]
+        return super()._prepare()
+
+    def _commit(self, plan, grads):
+        if self.slow_weights is None or _sizes(self.slow_weights) != _sizes(self.param_lists):
+            self.slow_weights = _in_groups(self._slow, self.param_lists)
+        self._slow_of = plan.params
+        super()._commit(plan, grads)
+
+    _in_state = property(lambda self: tuple(n for n in self.state_names if n != 'slow_weights'))
+    def _get_state(self, i, own, name): return self._slow[i] if name == 'slow_weights' else own.get(name)
+    def _state_columns(self, dicts): return {**super()._state_columns(dicts), 'slow_weights':self._slow}
+    def _take_state(self, slot):
+        if 'slow_weights' in slot.made: self._put_slow(slot.position, slot.made.pop('slow_weights'))
+        super()._take_state(slot)
 
     def _put_slow(self, i, t):
         self._slow[i] = t
@@ -283,73 +297,17 @@ class JitLookahead(JitOptimizer):
             if i < len(pg): pg[i] = t; return
             i -= len(pg)
 
-    def _dealt(self):
-        "Slow weights in groups like the parameters', if only these were split or merged since; else as they are"
-        slow,params = ([*chain.from_iterable(o)] for o in (self.slow_weights,self.param_lists))
-        if [*map(len, self.slow_weights)] == [*map(len, self.param_lists)]: return self.slow_weights
-        if len(slow) != len(params) or not same(self._slow_of, params): return self.slow_weights
-        return self._grouped(slow)
-
-    def _grouped(self, slow):
-        slow = iter(slow)
-        return L(L(next(slow) for _ in pg) for pg in self.param_lists)
-
-    @torch.no_grad()
-    def _get_plan(self):
-        if self.slow_weights is None: slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
-        else: slow = self._dealt()
-        sizes,has = ([*map(len, o)] for o in (self.param_lists,slow))
-        if sizes != has: raise ValueError(f"There are slow weights for groups of {has} parameters, but the groups have {sizes}: "
-                                          "call `clear_state()` after changing `param_lists`.")
-        self._slow = [*chain.from_iterable(slow)]
-        plan,grads = super()._get_plan()
-        # fastai looks ahead parameter by parameter. That matters if one that takes no step shares memory with another
-        self._entangled = self._is_kth() and bool(plan.rest) and find_shared([local(p) for p in plan.params]) is not None
-        if self._is_kth():
-            for i in plan.rest: check_state(plan.params[i], self._slow[i], 'slow_weights', f'parameter {i} (shape {tuple(plan.params[i].shape)})')
-        return plan,grads
-
-    def _commit(self, plan):
-        sizes = [*map(len, self.param_lists)]
-        if self.slow_weights is None or [*map(len, self.slow_weights)] != sizes: self.slow_weights = self._grouped(self._slow)
-        self._slow_of = plan.params
-        super()._commit(plan)
-
-    def _finish(self, plan):
-        "A lookahead, if it is time for one, for parameters that took no step, and one more step to count"
-        if self._is_kth():
-            alike = {}
-            for i in range(len(plan.params)) if self._entangled else plan.rest:
-                p = plan.params[i]
-                alike.setdefault(i if self._entangled else (p.device,p.dtype), []).append(i)
-            for at in alike.values(): self._rest_lookahead(plan, at)
-        self.count += 1
-
-    def _rest_lookahead(self, plan, at):
-        slots = [Slot(i, local(plan.params[i])) for i in at]
-        batches,slots,_ = make_batches(Key(flat=slots[0].param.is_cpu), slots, elementwise=False)
-        for a,b,_ in batches: lookahead([s.param for s in slots[a:b]], [local(self._slow[s.i]) for s in slots[a:b]], self.alpha)
-
+# %% ../nbs/03_optimizer.ipynb #0a55a34e
+class _SavedSlowWeights(_SlowWeights):
+    "Saves and loads slow weights"
     def clear_state(self):
         "Forget averages, step counts and slow weights"
         super().clear_state()
-        self._init_state()
+        self.count,self.slow_weights,self._slow,self._slow_of = 0,None,(),()
 
     def state_dict(self):
         "State dict of fastai's form, with `count` and `slow_weights`"
         return {**super().state_dict(), 'count': self.count, 'slow_weights': self.slow_weights and self._dealt()}
-
-    def _check_state_dict(self, sd):
-        super()._check_state_dict(sd)
-        if lost := [k for k in ('count','slow_weights') if k not in sd]: _bad(f"it has no {', '.join(lost)}; was it saved by an optimizer without lookahead?")
-        if type(sd['count']) is not int or sd['count'] < 0: _bad(f"`count` has to be a whole number, at least 0, but is {sd['count']!r}.")
-        slow = sd['slow_weights']
-        if slow is None: return
-        if not (isinstance(slow, (list,tuple,L)) and all(isinstance(pg, (list,tuple,L)) for pg in slow)): _bad(f"its `slow_weights` have to be lists, one for each group, but are {slow!r}.")
-        if [*map(len, slow)] != [*map(len, self.param_lists)]: _bad(f"it has slow weights for groups of {[*map(len, slow)]} parameters, the groups have {[*map(len, self.param_lists)]}.")
-        for i,(pg,ss) in enumerate(zip(self.param_lists, slow)):
-            try: [check_state(p, s, 'slow_weights', f'parameter {j} of group {i}', _loaded) for j,(p,s) in enumerate(zip(pg, ss))]
-            except (TypeError,ValueError) as e: _bad(e)
 
     def load_state_dict(self,
         sd:dict # State dict of this optimizer or of its fastai counterpart
@@ -359,3 +317,65 @@ class JitLookahead(JitOptimizer):
         slow = sd['slow_weights'] and L(L(map(_own, *o)) for o in zip(self.param_lists, sd['slow_weights']))
         super().load_state_dict(sd)
         self.count,self.slow_weights,self._slow_of = sd['count'],slow,[*chain.from_iterable(self.param_lists)]
+
+    def _check_state_dict(self, sd):
+        super()._check_state_dict(sd)
+        check_keys(sd, 'count', 'slow_weights', hint=' Was it saved by an optimizer without lookahead?')
+        check_count(sd['count'])
+        if sd['slow_weights'] is None: return
+        check_lists('slow_weights', sd['slow_weights'], self.param_lists)
+        params,slow = ([*chain.from_iterable(o)] for o in (self.param_lists,sd['slow_weights']))
+        for p,t,name in zip(params, slow, param_names(self.param_lists)):
+            check_loaded(p, {'slow_weights':t}, name, ['slow_weights'])
+
+# %% ../nbs/03_optimizer.ipynb #2efcb9f2
+class JitLookahead(_SavedSlowWeights):
+    "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
+    given    = {**JitOptimizer.given, 'alpha':float, 'lookahead':bool}
+    reserved = *JitOptimizer.reserved,'k'
+    _entangled = False  # does a parameter without a step share memory with another?
+    def __init__(self,
+        params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
+        opt_step:Callable, # Step function with the arguments `slow_weights`, `alpha` and `lookahead`
+        decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
+        k:int=6, # How often to conduct Lookahead step, at least 1
+        alpha:float=0.5, # Slow weight moving average coefficient
+        **defaults # As in `JitOptimizer`
+    ):
+        step = jit_step(opt_step)
+        if lost := {'slow_weights','alpha','lookahead'} - {*step.args}:
+            raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
+        self.k,self.alpha = as_scalar(k, int, "`k`"),as_scalar(alpha, float, "`alpha`")
+        if self.k < 1:
+            raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
+        super().__init__(params, step, decouple_wd, **defaults)
+
+    def _is_kth(self): return (self.count+1) % as_scalar(self.k, int, "`k`") == 0
+
+    def _filled(self, key, taken, fused):
+        lookahead = self._is_kth() and not self._entangled
+        return {**super()._filled(key, taken, fused), 'alpha':self.alpha, 'lookahead':lookahead}
+
+    def _scalars_of(self, plan):
+        # fastai looks ahead parameter by parameter. That matters if one that takes no step shares memory with another
+        shared = lambda: find_shared([*map(local, plan.params)]) is not None
+        self._entangled = self._is_kth() and bool(plan.without_step) and shared()
+        if self._is_kth():
+            for i in plan.without_step: check_state(plan.params[i], self._slow[i], 'slow_weights', plan.names[i])
+        return super()._scalars_of(plan)
+
+    def _finish(self, plan):
+        "A lookahead, if it is time for one, of parameters whose step did none; and one more step to count"
+        if self._is_kth():
+            kinds = {}
+            for i in range(len(plan.params)) if self._entangled else plan.without_step:
+                p = plan.params[i]
+                kinds.setdefault(i if self._entangled else (p.device,p.dtype), []).append(i)
+            for at in kinds.values():
+                self._look_ahead(*([local(ts[i]) for i in at] for ts in (plan.params,self._slow)))
+        self.count += 1
+
+    def _look_ahead(self, params, slow):
+        most = batch_size//8 if params[0].is_cpu else 1<<62
+        for b in cut([p.numel() for p in params], most, in_pieces=False):
+            lookahead(params[b.first:b.last], slow[b.first:b.last], self.alpha)

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/14_qhadam.ipynb #c8e698ce
-@jit_step(elementwise=True, check=can_debias, in_place=lambda fused,nu_1,nu_2,decouple_wd,**_: fused and 0.5<=nu_1<=1 and nu_2==1 and decouple_wd)
+@jit_step(elementwise=True, check=can_debias)
 def qhadam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/13_radam.ipynb #47a80a83
-@jit_step(elementwise=True, check=can_debias, in_place=lambda fused,beta,decouple_wd,**_: fused and beta==0 and decouple_wd)
+@jit_step(elementwise=True, check=can_debias)
 def radam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

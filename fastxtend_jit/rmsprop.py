@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/11_rmsprop.ipynb #fcfc0c5d
-@jit_step(elementwise=True, in_place=lambda fused,sqr_mom,decouple_wd,**_: fused and sqr_mom<1 and decouple_wd)
+@jit_step(elementwise=True)
 def rmsprop_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/10_sgd.ipynb #d293ac5a
-@jit_step(elementwise=True, in_place=lambda fused,mom,decouple_wd,**_: fused and (mom>0 or decouple_wd))
+@jit_step(elementwise=True)
 def sgd_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

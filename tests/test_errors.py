@@ -8,7 +8,7 @@ from fastcore.foundation import L
 from torch import Tensor,nn
 from torch.utils._pytree import tree_flatten
 
-from fastxtend_jit import plan
+from fastxtend_jit import bucket
 from fastxtend_jit.script import jit_step
 from tests.cases import *
 
@@ -183,14 +183,14 @@ def test_frozen_lookahead():
     p = opt.param_lists[1][1]
     p.grad,p.data = None,torch.ones(2,2)
     before = snapshot(opt)
-    with pytest.raises(ValueError, match='`slow_weights` of parameter 3'): opt.step()
+    with pytest.raises(ValueError, match='`slow_weights` of parameter 1 of group 1'): opt.step()
     same(snapshot(opt), before)
 
 def divided(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-1/lr)
-def test_in_place_raises(monkeypatch):
-    "What a step says of its memory is asked for all groups before the first is written to"
-    monkeypatch.setattr(plan, 'batch_size', 100)
-    opt = JitOptimizer([[nn.Parameter(torch.ones(10)) for _ in range(30)] for _ in range(2)], jit_step(divided, elementwise=True, in_place=lambda lr: 1/lr > 0), lr=[0.1,0.])
+def test_check_raises(monkeypatch):
+    "A step's own check sees the numbers of all groups before the first is written to"
+    monkeypatch.setattr(bucket, 'batch_size', 100)
+    opt = JitOptimizer([[nn.Parameter(torch.ones(10)) for _ in range(30)] for _ in range(2)], jit_step(divided, elementwise=True, check=lambda lr: 1/lr), lr=[0.1,0.])
     new_grads([opt], 0)
     before,threads = snapshot(opt),torch.get_num_threads()
     with pytest.raises(ZeroDivisionError): opt.step()
@@ -312,8 +312,8 @@ SDS = dict(
     type       = (write('x', 'state',3,'grad_avg'),                     [LAST, 'grad_avg', 'str']),
     state_key  = (drop('state',3,'sqr_avg'),                            [LAST, 'no sqr_avg']),
     step_key   = (drop('state',3,'step'),                               [LAST, 'no step']),
-    count      = (drop('count'),                                        ['no count']),
-    slow       = (drop('slow_weights'),                                 ['no slow_weights']),
+    count      = (drop('count'),                                        ['no `count`']),
+    slow       = (drop('slow_weights'),                                 ['no `slow_weights`']),
     slow_group = (drop('slow_weights',1),                               ['[2]', '[2, 2]']),
     slow_shape = (write(torch.ones(3), 'slow_weights',1,1),             [LAST, 'slow_weights', '[3]', '[4]']),
 )

@@ -11,7 +11,7 @@ from fastcore.foundation import L
 from torch import nn
 from torch.nn import functional as F
 
-from fastxtend_jit import plan
+from fastxtend_jit import bucket,plan
 from tests.cases import *
 
 N   = int(os.environ.get('FASTXTEND_FUZZ', 0))
@@ -86,7 +86,7 @@ class Game(RuleBasedStateMachine):
     def start(self, data, specs, n_groups, seed, batch, fused, k):
         self.case = data.draw(pick([c for c in CASES if c.jit is self.jit]))
         if self.jit is ranger_jit: self.case = Case(self.case.native, self.jit, {**self.case.kw, 'k':k})
-        self.patch.setattr(plan, 'batch_size', batch)
+        self.patch.setattr(bucket, 'batch_size', batch)
         if not fused: self.patch.setattr(plan, 'fused_fault', lambda *_: 'none')
         self.layouts = [how for _,how,_ in specs]
         torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import torch
 from fastcore.foundation import L
 from torch import nn
 
-from fastxtend_jit import plan
+from fastxtend_jit import bucket,plan
 from fastxtend_jit.bench import peak_memory
 from tests.cases import *
 
@@ -126,7 +126,7 @@ def bad_grad(opt, mp):
     mp.setattr(nn.Parameter, 'grad', property(Trap(torch.Tensor.grad.__get__, sum(map(len, opt.param_lists)), Stop())), raising=False)
 def bad_state(opt, mp):   opt.state[last(opt)] = BadState(opt.state[last(opt)])
 def bad_tensor(opt, mp):  opt.state[last(opt)]['grad_avg' if 'grad_avg' in opt.state_names else 'sqr_avg'] = torch.ones(99)
-def bad_plan(opt, mp):    opt._plan = None; mp.setattr(plan, 'make_batches', Trap(plan.make_batches, 2, MemoryError()))
+def bad_plan(opt, mp):    opt._plan = None; mp.setattr(bucket, 'cut', Trap(bucket.cut, 2, MemoryError()))
 def bad_zeros(n):
     return lambda opt,mp: mp.setattr(torch, 'zeros_like', Trap(torch.zeros_like, n, MemoryError()))
 FAULTS = {f.__name__[4:]:f for f in (bad_string,bad_none,bad_number,bad_missing,bad_short,bad_dtype,bad_shape,bad_grad,bad_state,bad_tensor,bad_plan)}
@@ -182,7 +182,7 @@ def test_nothing_grows(case):
 @pytest.mark.parametrize('relay', [False,True])
 def test_scratch(case, relay, monkeypatch):
     "Steps allocate a few batches' memory at most, not the model's: this is `tests.memory` in small. Gradients lie as they like"
-    monkeypatch.setattr(plan, 'batch_size', 2**13)
+    for m in (bucket,plan): monkeypatch.setattr(m, 'batch_size', 2**13)
     ps = [nn.Parameter(torch.randn(64,128)) for _ in range(40)]
     opt = case.make(ps, True)
     for i in range(8):

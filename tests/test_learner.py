@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
 from fastxtend_jit import learner,proof
-from fastxtend_jit.learner import factories_of,jit_opt
+from fastxtend_jit.learner import counterparts,factories_of,jit_opt
 from fastxtend_jit.trace import Calls
 
 eight = pytest.mark.parametrize('case', EIGHT, ids=str)
@@ -204,13 +204,12 @@ def test_explain_says_why(monkeypatch):
     monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'no fused kernel for bfloat16 on cpu')
     assert path(explained(adam, torch.bfloat16)) == ['foreach','no fused kernel for bfloat16 on cpu']
     monkeypatch.setitem(vars(adam_jit_step), 'compiled', adam_jit_step.fn)
-    assert path(explained(adam))[1] == 'no fused kernel for bfloat16 on cpu; TorchScript does not support this Python'
+    assert path(explained(adam))[1] == 'no fused kernel for bfloat16 on cpu; TorchScript cannot compile here'
 
 def test_explain_before_fused_was_tried():
     "What a dry run only pretends to compute tells nothing about the kernels"
     opt = explained(EIGHT[2])
     proof._faults.clear()
-    opt._plan.faults.clear()
     assert path(opt) == ['fused',''] and not any(proof._faults.values())
 
 def test_explain_buckets():

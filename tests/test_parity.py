@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastxtend_jit import plan
+from fastxtend_jit import bucket
 from tests.cases import *
 
 SCENARIOS = dict(
@@ -63,7 +63,7 @@ def test_other_paths(case, path, dev, monkeypatch):
     if 'uncompiled' in path:
         step = globals()[case.jit.__name__+'_step']
         monkeypatch.setitem(vars(step), 'compiled', step.fn)
-    if 'small' in path: monkeypatch.setattr(plan, 'batch_size', 100)
+    if 'small' in path: monkeypatch.setattr(bucket, 'batch_size', 100)
     for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()): check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @pytest.mark.parametrize('native,jit', PAIRS, ids=lambda f: f.__name__)

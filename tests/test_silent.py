@@ -10,7 +10,7 @@ import torch
 from fastcore.foundation import L
 from torch import Tensor,nn
 
-from fastxtend_jit import optimizer,plan
+from fastxtend_jit import bucket,optimizer,plan,snapshot as snapshots
 from fastxtend_jit.fragments import norms
 from fastxtend_jit.script import jit_step
 from tests.cases import *
@@ -220,7 +220,7 @@ def trained(case, steps):
 
 def interrupted(opt, n):
     "Has a step of `opt` been interrupted at the `n`-th line of the package that it comes to? One call of the kernels counts as a line"
-    files,left = {optimizer.__file__,plan.__file__},[n]
+    files,left = {m.__file__ for m in (optimizer,plan,bucket,snapshots)},[n]
     def trace(frame, event, arg):
         if frame.f_code.co_filename not in files: return
         if event == 'line':
@@ -259,6 +259,7 @@ def test_interrupted_in_kernels(case, err, steps, monkeypatch):
     "Python lets a Ctrl-C through when the kernels are done: this bucket's step counts. An error of a kernel stops it before it has begun"
     opt,ref = trained(case, steps),trained(case, steps)
     opt._prepare()  # proves the step
+    opt._plan = None
     over,runs = type(opt.opt_step).over,[]
     def stop_in_second(self, states):
         run = over(self, states)
@@ -292,7 +293,7 @@ def test_threads_after_an_interrupt(monkeypatch):
         real(n)
         if n == 1: raise KeyboardInterrupt
     monkeypatch.setattr(torch, 'set_num_threads', stop)
-    if optimizer._openmp:
+    if bucket.openmp():
         with pytest.raises(KeyboardInterrupt): opt.step()
     assert torch.get_num_threads() == threads
     monkeypatch.undo()
@@ -661,7 +662,7 @@ def counting(params:List[Tensor], grads:List[Tensor], moved:Tensor, lr:float):
 
 def test_numbers(monkeypatch):
     "In batches, for parameters that come late, with a state that was loaded, and as numbers"
-    monkeypatch.setattr(plan, 'batch_size', 100)
+    monkeypatch.setattr(bucket, 'batch_size', 100)
     ps = parameters(*[(7,)]*9, dtype=torch.float64)
     opt,gone = JitOptimizer([ps[:5],ps[5:]], counting, lr=[0.1,0.2]),[0.]*9
     for i in range(6):
