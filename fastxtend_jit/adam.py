@@ -39,7 +39,8 @@ def adam_jit_step(
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
     if fused and can_fuse(mom, sqr_mom, params[0]):
-        fused_adam(params, grads, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
+        fused_adam(params, grads, grad_avg, sqr_avg, step, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd,
+                   decouple_wd=decouple_wd)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)
     average_grad(grad_avg, grads, mom, 1-mom)

@@ -19,19 +19,22 @@ from .guard import check_state
 from .layout import flat,is_dense,is_plain,local,memory_order
 from .script import JitStep
 
-# %% ../nbs/02_bucket.ipynb #84730552
-batch_size = 2**21  # elements in a batch on a CPU, at most
+# %% ../nbs/02_bucket.ipynb #5a03817e
+batch_size = 2**21  # elements in a batch on a CPU, at most, if the step allocates
 cache_size = 2**17  # elements for each thread, if its core's cache is to hold them until the next kernel
 small_size = 2**12  # elements up to which one thread is faster than two
 
 def elements_at_once(
     elementwise:bool, # May large tensors be cut?
-    passes:int # How often the step goes through memory
+    passes:int, # How often the step goes through memory
+    allocates:bool # Does it ever allocate a tensor's memory?
 ) -> int:
-    "Elements in a batch"
+    "Elements that a batch may have"
     if not elementwise: return batch_size//8
-    return batch_size if passes == 1 else min(batch_size, cache_size*torch.get_num_threads())
+    if passes > 1: return min(batch_size, cache_size*torch.get_num_threads())
+    return batch_size if allocates else 1<<62
 
+# %% ../nbs/02_bucket.ipynb #ce2f6c48
 @cache
 def openmp() -> bool:
     "Can threads be changed? Other backends of PyTorch cannot once they have worked"
@@ -60,7 +63,7 @@ def cut(
         n += m
     return res
 
-# %% ../nbs/02_bucket.ipynb #ebb58661
+# %% ../nbs/02_bucket.ipynb #2a0965ed
 class Key(NamedTuple):
     "What parameters have in common that take the same step"
     group:int=0 # Parameter group, whose hypers they share
@@ -99,7 +102,45 @@ class Slot:
         if number or t is not None and alike(): self.state[name] = t
         else: self.state[name] = self.made[name] = torch.zeros_like(p) if t is None else torch.empty_like(p).copy_(t)
 
-# %% ../nbs/02_bucket.ipynb #26abc7cf
+# %% ../nbs/02_bucket.ipynb #55f36967
+class _Batches:
+    "Slots in order, and how lists of their tensors are cut"
+    def __init__(self, key, slots, step, most):
+        self.shards,size = key.shards,lambda s: self._tensor(s).numel()
+        # small tensors together, then the large ones. A shard without elements comes last, and is in no batch:
+        # its steps are counted, as they are in other processes
+        self.slots = sorted(slots, key=lambda s: (size(s) == 0, key.flat and size(s) > most))
+        full = [s for s in self.slots if size(s)]
+        self.batches = cut([*map(size, full)], most if key.flat else 1<<62, key.flat and step.elementwise)
+        contiguous = all(self._tensor(s).is_contiguous() for s in full)
+        self.as_flat = key.flat and (step.elementwise or 'flat' in step.args) and not contiguous
+
+    def _tensor(self, slot): return local(slot.param) if self.shards else slot.param
+
+    def __call__(self, ts):
+        "A tensor for each slot, or a vector with a number for each, as a list of batches"
+        if isinstance(ts, Tensor): return [ts[b.first:b.last] for b in self.batches]
+        if self.shards: ts = [*map(local, ts)]
+        if self.as_flat: ts = [*map(flat, ts)]
+        res = []
+        for b in self.batches:
+            if b.piece: res += [[t] for t in flat(ts[b.first]).split(b.piece)]
+            else: res.append(ts[b.first:b.last])
+        return res
+
+def _written(slot):
+    p = slot.param
+    return p.data if is_plain(p) or local(p) is not p else p
+
+def _vector(slots, name):
+    "State that is one number for each parameter: a vector, whose elements are the state from now on"
+    p,old = slots[0].param,[s.state[name] for s in slots]
+    single = lambda v: v.to(p).reshape(()) if isinstance(v, Tensor) else p.new_full((), v or 0.)
+    res = p.new_zeros(len(old)) if all(v is None for v in old) else torch.stack([*map(single, old)])
+    for s,v in zip(slots, res.unbind()): s.state[name] = s.made[name] = v
+    return res
+
+# %% ../nbs/02_bucket.ipynb #91637683
 class Bucket:
     "Parameters that take the same step, cut into batches"
     def __init__(self,
@@ -107,48 +148,17 @@ class Bucket:
         slots:list, # The parameters, with their state
         step:JitStep, # Step that they take
         fault:str='', # Why they do not get the fused form of the step, empty if they get it
-        passes:int=1 # How often the step goes through memory
+        passes:int=1, # How often the step goes through memory
+        allocates:bool=True # Does it ever allocate a tensor's memory?
     ):
         self.key,self.fault,self.taken,self.counts = key,fault,key.step,'step' in step.args
-        most = elements_at_once(step.elementwise, passes)
-        # small tensors together, then the large ones. A shard without elements comes last, and is in no batch:
-        # its steps are counted, as they are in other processes
-        self.slots = sorted(slots, key=lambda s: (self._size(s) == 0, key.flat and self._size(s) > most))
-        full = [s for s in self.slots if self._size(s)]
-        self.batches = cut([*map(self._size, full)], most if key.flat else 1<<62, key.flat and step.elementwise)
-        contiguous = all(self._tensor(s).is_contiguous() for s in full)
-        self.as_flat = key.flat and (step.elementwise or 'flat' in step.args) and not contiguous
-        self.restrided = [k for k,s in enumerate(self.slots) if s.grad_strides and not (key.copied or key.flat)]
+        self.batched = _Batches(key, slots, step, elements_at_once(step.elementwise, passes, allocates))
+        self.slots = slots = self.batched.slots
+        self.restrided = [k for k,s in enumerate(slots) if s.grad_strides and not (key.copied or key.flat)]
         states = tuple(slots[0].state)
-        columns = (self._vector(n) if n in step.numbers else [s.state[n] for s in self.slots] for n in states)
-        self.kept = [step.to_script(self._batched(ts)) for ts in ([*map(self._written, self.slots)], *columns)]
+        columns = [_vector(slots, n) if n in step.numbers else [s.state[n] for s in slots] for n in states]
+        self.kept = [step.to_script(self.batched(ts)) for ts in ([*map(_written, slots)], *columns)]
         self.over = step.over(states)
-
-    def _tensor(self, slot): return local(slot.param) if self.key.shards else slot.param
-    def _size(self, slot): return self._tensor(slot).numel()
-
-    def _written(self, slot):
-        p = slot.param
-        return p.data if is_plain(p) or local(p) is not p else p
-
-    def _vector(self, name):
-        "State that is one number for each parameter: a vector, whose elements are the state from now on"
-        p,old = self.slots[0].param,[s.state[name] for s in self.slots]
-        single = lambda v: v.to(p).reshape(()) if isinstance(v, Tensor) else p.new_full((), v or 0.)
-        res = p.new_zeros(len(old)) if all(v is None for v in old) else torch.stack([*map(single, old)])
-        for s,v in zip(self.slots, res.unbind()): s.state[name] = s.made[name] = v
-        return res
-
-    def _batched(self, ts):
-        "A tensor for each slot, or a vector with a number for each, as a list of batches"
-        if isinstance(ts, Tensor): return [ts[b.first:b.last] for b in self.batches]
-        if self.key.shards: ts = [*map(local, ts)]
-        if self.as_flat: ts = [*map(flat, ts)]
-        res = []
-        for b in self.batches:
-            if b.piece: res += [[t] for t in flat(ts[b.first]).split(b.piece)]
-            else: res.append(ts[b.first:b.last])
-        return res
 
     def lists(self,
         grads:list # Gradients of all parameters, by position
@@ -158,7 +168,7 @@ class Bucket:
         for k in self.restrided: gs[k] = gs[k].as_strided(self.slots[k].param.shape, self.slots[k].grad_strides)
         if self.key.copied: gs = [torch.empty_like(s.param).copy_(g) for s,g in zip(self.slots, gs)]
         params,*state = self.kept
-        return [params, self._batched(gs), *state]
+        return [params, self.batched(gs), *state]
 
     def run(self,
         grads:list, # Gradients of all parameters, by position

@@ -34,7 +34,7 @@ def as_scalar(
     wanted = {float:'a number', int:'a whole number', bool:'true or false'}[to]
     raise TypeError(f"{what} has to be {wanted}, but is {v!r}.")
 
-# %% ../nbs/02_guard.ipynb #34ea6411
+# %% ../nbs/02_guard.ipynb #b5da261e
 def check_grad(
     p:Tensor, # Parameter
     g:Tensor, # Its gradient
@@ -67,6 +67,7 @@ def check_memory(
         raise ValueError(f"Elements of {name} share memory (strides {p.stride()}): "
                          "pass the tensor it was expanded from.")
 
+# %% ../nbs/02_guard.ipynb #261dfd91
 def check_apart(
     params:list, # Parameters that take a step
     names:list # Their names, for messages
@@ -82,7 +83,7 @@ def check_apart(
         raise ValueError(f"{b} shares its memory with {a}: one would undo the other's step. "
                          "Tie parameters by giving both modules the same one.")
 
-# %% ../nbs/02_guard.ipynb #7782caff
+# %% ../nbs/02_guard.ipynb #f676187f
 _loaded = ('shape','dtype','device_mesh','placements')  # what has to fit when state is loaded
 
 def check_state(
@@ -105,6 +106,7 @@ def check_state(
         x,y = getattr(p, a, None),getattr(t, a, None)
         if x != y: raise ValueError(f"{what} has {a} {y}, but the parameter has {x}: convert it, {mend}.")
 
+# %% ../nbs/02_guard.ipynb #86eba0c3
 def check_step_count(
     n:object, # What a parameter's state has as `step`
     param:str # Name of the parameter, for messages
@@ -113,7 +115,7 @@ def check_step_count(
     if type(n) is not int or not 0 <= n < 2**62:
         raise TypeError(f"The state `step` of {param} has to be a whole number from 0 on, but is {n!r}.")
 
-# %% ../nbs/02_guard.ipynb #120a8d53
+# %% ../nbs/02_guard.ipynb #36896dd7
 def param_names(
     groups:list # Parameters, as a list of lists
 ) -> list:
@@ -126,6 +128,7 @@ def misfit(
     "Raise `ValueError` for a state dict"
     raise ValueError(f"This state does not fit the optimizer, which was left as it was: {msg}")
 
+# %% ../nbs/02_guard.ipynb #4d70f41e
 def check_keys(
     sd:dict, # State dict
     *keys:str, # What it has to have
@@ -154,6 +157,7 @@ def check_lists(
     has,want = ([*map(len, o)] for o in (x,groups))
     if has != want: misfit(f"it has `{what}` for groups of {has} parameters, the groups have {want}.")
 
+# %% ../nbs/02_guard.ipynb #b756493b
 def check_states(
     states:list, # A dict for each parameter, to be loaded
     n:int # Number of parameters
@@ -162,7 +166,7 @@ def check_states(
     if not _is_list(states): misfit(f"its `state` has to be a list, but is a {type(states).__name__}.")
     if len(states) != n: misfit(f"it has state for {len(states)} parameters, the optimizer has {n}.")
 
-# %% ../nbs/02_guard.ipynb #88caaf2c
+# %% ../nbs/02_guard.ipynb #8776a267
 def check_hypers(
     hypers:list, # A dict for each group, to be loaded
     names:list, # Hypers that a step needs

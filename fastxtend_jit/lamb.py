@@ -13,7 +13,7 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,norms,sub_scaled_,weight_decay
+from .fragments import adam_direction,can_debias,descend,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -37,22 +37,16 @@ def lamb_jit_step(
     slow_numbers:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of LAMB"
-    debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
-    grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
+    decay = wd if do_wd else 0.
+    keep = 1 - lr*decay if decouple_wd else 1.
+    if not decouple_wd: grads = weight_decay(params, grads, lr, decay, False)
+    update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=fused)
 
-    # Adam's step by itself: from zero, with a learning rate of -1
-    update = [torch.empty_like(p) for p in params]
-    torch._foreach_zero_(update)
-    if fused and can_fuse(mom, sqr_mom, params[0]): fused_adam(update, grads, grad_avg, sqr_avg, step, -1., mom, sqr_mom, eps, 0., True)
-    else:
-        average_grad(grad_avg, grads, mom, 1-mom)
-        average_sqr_grad(sqr_avg, grads, sqr_mom)
-        adam_update(update, grad_avg, sqr_avg, -1./debias1, eps, debias2)
-
-    r1,r2 = norms(params, flat),norms(update, flat)
+    r1,r2 = norms(params, flat).mul_(abs(keep)),norms(update, flat)  # of parameters after decay
     q = r1.div(r2).clamp_(max=10.)
     q.masked_fill_((r1 == 0.).logical_or_(r2 == 0.), 1.)
-    sub_scaled_(params, update, q.mul_(lr), slow_numbers)
+    descend(params, update, None, mom=0., lrs=q.mul_(lr), fused=fused, flat=flat, slow_numbers=slow_numbers, keep=keep,
+            p_norm=r1)
 
 # %% ../nbs/16_lamb.ipynb #ebbe425d
 def lamb_jit(

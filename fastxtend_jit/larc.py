@@ -13,7 +13,7 @@ from typing import List,Optional
 import torch
 from torch import Tensor
 
-from .fragments import average_grad,norms,sub_scaled_,weight_decay
+from .fragments import descend,norms,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -44,13 +44,7 @@ def larc_jit_step(
     trust = p_norm.mul(lr*trust_coeff).div_(p_norm.mul(wd).add_(g_norm).add_(eps))
     local_lr.copy_(torch.fmin(trust, torch.full_like(trust, lr)) if clip else trust)  # of NaN, `lr`
 
-    if grad_avg is not None:
-        if fused and flat and len(params) == 1 and mom > 0.:
-            torch._fused_sgd_(params, grads, grad_avg, weight_decay=0., momentum=mom, lr=local_lr[0], dampening=0., nesterov=False,
-                              maximize=False, is_first_step=False)
-            return
-        average_grad(grad_avg, grads, mom)
-    sub_scaled_(params, grads if grad_avg is None else grad_avg, local_lr, slow_numbers)
+    descend(params, grads, grad_avg, mom=mom, lrs=local_lr, fused=fused, flat=flat, slow_numbers=slow_numbers)
 
 # %% ../nbs/15_larc.ipynb #a4e6b302
 def larc_jit(
@@ -64,4 +58,5 @@ def larc_jit(
     decouple_wd:bool=True # Apply true weight decay or L2 regularization
 ) -> JitOptimizer:
     "A compiled `Larc`: LARC or LARS"
-    return JitOptimizer(params, larc_jit_step, decouple_wd, grad_avg=mom!=0, clip=clip, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    return JitOptimizer(params, larc_jit_step, decouple_wd, grad_avg=mom!=0, clip=clip, lr=lr, mom=mom,
+                        trust_coeff=trust_coeff, eps=eps, wd=wd)

@@ -69,6 +69,7 @@ def shares_itself(
     _cells(t, memory, start).fill_(True)
     return memory.sum().item() < t.numel()*t.element_size()
 
+# %% ../nbs/02_layout.ipynb #8ab9e5ba
 def find_shared(
     ts:list, # Tensors, of which those without elements or memory of their own are left out
     read:list=() # More of them, which may have bytes in common with each other

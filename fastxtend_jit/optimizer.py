@@ -33,7 +33,7 @@ with warnings.catch_warnings():  # fastai scripts a layer of its own while it is
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #95b4a6f7
+# %% ../nbs/03_optimizer.ipynb #a36edb34
 _common = 'lr','mom','wd'  # hypers that fastai sets for any optimizer
 # PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (ATen/native/cuda/ForeachPointwiseOp.cu)
 slow_numbers = tuple(map(int, torch.__version__.split('.')[:2])) < (2,11)
@@ -50,6 +50,7 @@ def _sorted_defaults(step, given, defaults):
     hypers = {n:there[n] for n in step.hypers if n in there and n not in given}
     return state,consts,{**hypers, **defaults}
 
+# %% ../nbs/03_optimizer.ipynb #899e91f1
 class _Configured(Optimizer):
     "An `Optimizer` with hypers and constants of a step function in place of callbacks"
     given    = given  # arguments of a step that the optimizer itself fills in, with their types
@@ -104,11 +105,34 @@ class _Configured(Optimizer):
             warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
         super()._set_hyper(k, v)
 
+# %% ../nbs/03_optimizer.ipynb #0231d423
+class _Scalars(_Configured):
+    "Puts together the scalar arguments of a step"
+    _varying = property(lambda self: tuple(n for n,to in self.given.items() if to is bool and n in self.opt_step.args))
+
+    def _filled(self, key, taken, fused):
+        "Arguments that the optimizer itself fills in"
+        return dict(do_wd=key.do_wd, step=taken+1, fused=fused, flat=key.flat,
+                    slow_numbers=slow_numbers and fused and key.device.type == 'cuda')
+
+    def _scalars(self, key, taken=0, fused=False):
+        "Scalar arguments of the step for parameters that have taken so many, by name"
+        group,filled,res = key.group,self._filled(key, taken, fused),{}
+        hypers = self.hypers[group]
+        for n,to in self.opt_step.scalars.items():
+            if n in filled: res[n] = as_scalar(filled[n], to, f"`{n}`")
+            elif to is not float: res[n] = as_scalar(self.consts[n], to, f"`{n}`")
+            elif n in hypers: res[n] = as_scalar(hypers[n], to, f"Hyper `{n}` of group {group}")
+            else: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {group} does not "
+                                   f"have: pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
+        return res
+
+    def _scalars_of(self, plan): return [self._scalars(b.key, b.taken, not b.fault) for b in plan.buckets]
+
 # %% ../nbs/03_optimizer.ipynb #b620c116
-class _Stepping(_Configured):
+class _Stepping(_Scalars):
     "Takes steps by a plan"
     _plan = _snapshot = None
-    _varying = property(lambda self: tuple(n for n,to in self.given.items() if to is bool and n in self.opt_step.args))
 
     @torch.no_grad()
     def step(self,
@@ -155,25 +179,6 @@ class _Stepping(_Configured):
 
     def _finish(self, plan): "What comes after all buckets"
 
-    def _filled(self, key, taken, fused):
-        "Arguments that the optimizer itself fills in"
-        return dict(do_wd=key.do_wd, step=taken+1, fused=fused, flat=key.flat,
-                    slow_numbers=slow_numbers and fused and key.device.type == 'cuda')
-
-    def _scalars(self, key, taken=0, fused=False):
-        "Scalar arguments of the step for parameters that have taken so many, by name"
-        group,filled,res = key.group,self._filled(key, taken, fused),{}
-        hypers = self.hypers[group]
-        for n,to in self.opt_step.scalars.items():
-            if n in filled: res[n] = as_scalar(filled[n], to, f"`{n}`")
-            elif to is not float: res[n] = as_scalar(self.consts[n], to, f"`{n}`")
-            elif n in hypers: res[n] = as_scalar(hypers[n], to, f"Hyper `{n}` of group {group}")
-            else: raise ValueError(f"`{self.opt_step.__name__}` needs the hyper `{n}`, which group {group} does not "
-                                   f"have: pass `{n}=…` to the optimizer, or call `opt.set_hyper('{n}', …)`.")
-        return res
-
-    def _scalars_of(self, plan): return [self._scalars(b.key, b.taken, not b.fault) for b in plan.buckets]
-
 # %% ../nbs/03_optimizer.ipynb #162fe649
 def _alike(ts):
     "Lists of tensors of one kind: kernels for lists are fast only for these"
@@ -187,6 +192,20 @@ def _own(p, v):
     if not isinstance(v, Tensor): return v
     # a parameter on the CPU may follow its state later: fastai moves a model when training starts
     return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
+
+# %% ../nbs/03_optimizer.ipynb #185adc9d
+def _check_state_dict(opt, sd):
+    "Raise if `sd` cannot be loaded"
+    if not isinstance(sd, dict):
+        raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. "
+                        "Read a file by `torch.load`, or by `learn.load`.")
+    check_keys(sd, 'state', 'hypers')
+    step,names = opt.opt_step,param_names(opt.param_lists)
+    check_states(sd['state'], len(names))
+    check_hypers(sd['hypers'], [n for n in step.hypers if n not in opt.given], len(opt.param_lists))
+    needed = [n for n in (*opt._in_state,'step') if n in step.args]
+    for (p,*_),st,name in zip(opt.all_params(), sd['state'], names):
+        check_loaded(p, st, name, opt.state_names, needed, step.numbers)
 
 # %% ../nbs/03_optimizer.ipynb #14f1ed3d
 class JitOptimizer(_Stepping):
@@ -226,17 +245,7 @@ class JitOptimizer(_Stepping):
         self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(params, sd['state'])})
         self.hypers,self._plan = L({**h} for h in sd['hypers']),None
 
-    def _check_state_dict(self, sd):
-        if not isinstance(sd, dict):
-            raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. "
-                            "Read a file by `torch.load`, or by `learn.load`.")
-        check_keys(sd, 'state', 'hypers')
-        step,names = self.opt_step,param_names(self.param_lists)
-        check_states(sd['state'], len(names))
-        check_hypers(sd['hypers'], [n for n in step.hypers if n not in self.given], len(self.param_lists))
-        needed = [n for n in (*self._in_state,'step') if n in step.args]
-        for (p,*_),st,name in zip(self.all_params(), sd['state'], names):
-            check_loaded(p, st, name, self.state_names, needed, step.numbers)
+    def _check_state_dict(self, sd): _check_state_dict(self, sd)
 
     # Where the step's state is to be found, in `opt.state`
     _in_state = property(lambda self: self.state_names)
@@ -248,7 +257,7 @@ class JitOptimizer(_Stepping):
 
     def __getstate__(self): return {**self.__dict__, '_plan':None, '_snapshot':None}
 
-# %% ../nbs/03_optimizer.ipynb #ca4c6896
+# %% ../nbs/03_optimizer.ipynb #7ada6cba
 def _in_groups(ts, groups):
     "`ts` in lists as long as `groups`"
     ts = iter(ts)
@@ -256,6 +265,7 @@ def _in_groups(ts, groups):
 
 def _sizes(groups): return [*map(len, groups)]
 
+# %% ../nbs/03_optimizer.ipynb #bb806cb1
 class _SlowWeights(JitOptimizer):
     "Keeps slow weights, in groups like parameters"
     count,slow_weights = 0,None
@@ -297,7 +307,7 @@ class _SlowWeights(JitOptimizer):
             if i < len(pg): pg[i] = t; return
             i -= len(pg)
 
-# %% ../nbs/03_optimizer.ipynb #0a55a34e
+# %% ../nbs/03_optimizer.ipynb #f3a6daa3
 class _SavedSlowWeights(_SlowWeights):
     "Saves and loads slow weights"
     def clear_state(self):

@@ -54,50 +54,53 @@ class _Sorter:
                   copied=copy and 1 + self.copied//batch_size, dtype=p.dtype, device=p.device, mesh=mesh)
         return key,slot
 
+# %% ../nbs/02_plan.ipynb #69f23403
+def _bucket(opt, key, slots):
+    "A bucket, and the structure of the step that it was made for"
+    scalars,kind = opt._scalars(key),(opt.opt_step,opt.state_names)
+    check_compiled(*kind, scalars, opt._varying)
+    if key.able: fault = fused_fault(*kind, key.device, key.dtype, scalars, opt._varying)
+    elif key.mesh is None: fault = 'the parameters have gaps in memory'
+    else: fault = 'the kernels take no tensors that are distributed'
+    cost = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault)) if key.flat else ()
+    return Bucket(key, slots, opt.opt_step, fault, *cost),structure(opt.opt_step, scalars)
+
+def _written(buckets):
+    slots = sorted((s for b in buckets for s in b.slots), key=lambda s: s.position)
+    state = [(f'state `{n}` of {s.name}',t) for s in slots for n,t in s.state.items()]
+    return WrittenMemory([(s.name,s.param) for s in slots] + state)
+
+class _Reading:
+    "Which parameters take a step, with the checks that come first"
+    def __init__(self, opt, params, grads):
+        self.params,self.step,self.counts = params,opt.opt_step,'step' in opt.opt_step.args
+        takes_step = [g is not None and p.numel() > 0 for p,g in zip(params, grads)]
+        self.with_step,self.without_step = ([i for i,t in enumerate(takes_step) if t == o] for o in (True,False))
+        self.names = param_names(opt.param_lists)
+        for i in self.with_step:
+            self.names[i] += f' (shape {tuple(params[i].shape)})'
+            check_grad(params[i], grads[i], self.names[i])
+            check_memory(params[i], self.names[i])
+        check_apart([params[i] for i in self.with_step], [self.names[i] for i in self.with_step])
+
 # %% ../nbs/02_plan.ipynb #3886da37
-class Plan:
+class Plan(_Reading):
     "Buckets of all parameters that have a gradient; raises if a step could not be taken"
     def __init__(self,
         opt, # Optimizer, which stays as it is
         params:list, # Its parameters, of all groups
         grads:list # Their gradients
     ):
-        self.params,self.step,self.counts = params,opt.opt_step,'step' in opt.opt_step.args
-        takes_step = [g is not None and p.numel() > 0 for p,g in zip(params, grads)]
-        self.with_step,self.without_step = ([i for i,t in enumerate(takes_step) if t == o] for o in (True,False))
-        self.names = param_names(opt.param_lists)
-        for i in self.with_step: self.names[i] += f' (shape {tuple(params[i].shape)})'
-        self._check(grads)
+        super().__init__(opt, params, grads)
         self.plain = [i for i in self.with_step if is_plain(params[i])]
         sorter,slots = _Sorter(opt, params, grads, self.names, self.with_step),{}
         for i in self.with_step:
             key,slot = sorter.key_and_slot(i)
             slots.setdefault(key, []).append(slot)
-        self.buckets,self.structures = [],[]
-        for key,ss in slots.items(): self._add_bucket(opt, key, ss)
-        self.written = self._written()
+        made = [_bucket(opt, key, ss) for key,ss in slots.items()]
+        self.buckets,self.structures = [b for b,_ in made],[s for _,s in made]
+        self.written = _written(self.buckets)
         self.check_apart(grads)
-
-    def _check(self, grads):
-        for i in self.with_step:
-            check_grad(self.params[i], grads[i], self.names[i])
-            check_memory(self.params[i], self.names[i])
-        check_apart([self.params[i] for i in self.with_step], [self.names[i] for i in self.with_step])
-
-    def _add_bucket(self, opt, key, slots):
-        scalars,kind = opt._scalars(key),(self.step, opt.state_names)
-        check_compiled(*kind, scalars, opt._varying)
-        if key.able: fault = fused_fault(*kind, key.device, key.dtype, scalars, opt._varying)
-        elif key.mesh is None: fault = 'the parameters have gaps in memory'
-        else: fault = 'the kernels take no tensors that are distributed'
-        passes = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault)) if key.flat else 1
-        self.buckets.append(Bucket(key, slots, self.step, fault, passes))
-        self.structures.append(structure(self.step, scalars))
-
-    def _written(self):
-        slots = sorted((s for b in self.buckets for s in b.slots), key=lambda s: s.position)
-        state = [(f'state `{n}` of {s.name}',t) for s in slots for n,t in s.state.items()]
-        return WrittenMemory([(s.name,s.param) for s in slots] + state)
 
     def fits(self,
         scalars:list # Scalar arguments of the next step, for each bucket

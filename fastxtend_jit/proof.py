@@ -9,9 +9,10 @@ __all__ = ['same_random', 'structure', 'fused_fault', 'check_compiled', 'count_p
 
 # %% ../nbs/02_proof.ipynb #51e761c5
 import math,warnings
+from bisect import bisect_left,bisect_right
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import cycle,islice,product
+from itertools import chain,cycle,islice,product
 from threading import RLock
 
 import torch
@@ -19,26 +20,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .script import JitStep,given
-from .trace import Calls
+from .trace import Rehearsal
 
 # %% ../nbs/02_proof.ipynb #cbb9ee2d
-# of the tensors in a trial; and for steps that refuse those
-_shapes = ((5,),(4,3),(130,)),((4,3),(3,7),(2,2))
+# of the tensors in a trial, in two batches, of which one is a single tensor; and for steps that refuse those
+_shapes = (((5,),(4,3),(130,)),((6,2),)),(((4,3),(3,7),(2,2)),((6,2),))
 
-def _lists(step, names, shapes, device, dtype, first):
+def _batch(step, names, shapes, device, dtype, first):
     "Lists for a trial: one parameter is zero, so that its step is seen whole, and no gradient's square vanishes"
     def waves(k, low, high):
         n = [torch.arange(math.prod(s), dtype=torch.float64).view(s) for s in shapes]
         return [((low+high)/2 + (high-low)/2*torch.sin(k*(1.+x))).to(device, dtype) for x in n]
     params = waves(0.7, -1., 1.)
-    params[0].zero_()
+    if len(shapes) > 1: params[0].zero_()
     grads = [g*s.sign() for g,s in zip(waves(1.3, 0.3, 1.), waves(0.4, -1., 1.))]
     state = []
     for i,n in enumerate(names):
-        if n in step.numbers: state.append([torch.zeros(len(shapes), device=device, dtype=dtype)])
-        else:                 state.append([[torch.zeros_like(p) if first else p for p in waves(0.9+i/10, 0.2, 0.8)]])
-    return [[params],[grads],*state]
+        if n in step.numbers: state.append(torch.zeros(len(shapes), device=device, dtype=dtype))
+        else:                 state.append([torch.zeros_like(p) if first else p for p in waves(0.9+i/10, 0.2, 0.8)])
+    return params,grads,*state
 
+def _lists(step, names, batches, *args): return [*map(list, zip(*(_batch(step, names, b, *args) for b in batches)))]
+
+# %% ../nbs/02_proof.ipynb #47a60bc6
 def _trials(scalars):
     "Scalars for each trial, and whether state is zero there"
     lr = scalars.get('lr', 0.)
@@ -67,11 +71,14 @@ def _apart(device):
             yield
         finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02_proof.ipynb #5306e231
+# %% ../nbs/02_proof.ipynb #4cbfd081
+def _flat(batches): return [t for b in batches for t in ([b] if isinstance(b, Tensor) else b)]
+
 class _Trial:
     "Small tensors of one kind, on which steps are taken from the same state"
     def __init__(self, step, names, shapes, device, dtype):
-        self.names = [n for n in ('params','grads',*names) for _ in ((1,) if n in step.numbers else shapes)]
+        batches = lambda n: (1,)*len(shapes) if n in step.numbers else (s for b in shapes for s in b)
+        self.names = [n for n in ('params','grads',*names) for _ in batches(n)]
         self.lists = {first: _lists(step, names, shapes, device, dtype, first) for first in (True,False)}
         self.seed = torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed
         self.moved = False
@@ -83,7 +90,7 @@ class _Trial:
         run(*lists, *scalars.values())
         moved = lambda x,y: x.isfinite().all() and not torch.equal(x, y)
         self.moved = self.moved or any(map(moved, lists[0][0], self.lists[first][0][0]))
-        return [t.cpu().double() for ts in lists for t in (ts if isinstance(ts[0], Tensor) else ts[0])]
+        return [t.cpu().double() for t in chain.from_iterable(map(_flat, lists))]
 
     def differs(self, a, b, tol, tiny=0., grads=True):
         "Name of the first list in which an element of `a` is not as in `b`, relative to the largest of its tensor"
@@ -95,14 +102,20 @@ class _Trial:
             if not torch.equal(x.isfinite(), fin): return n
             if fin.any() and not (x-y)[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
 
-# %% ../nbs/02_proof.ipynb #f9eebd43
+# %% ../nbs/02_proof.ipynb #2c2e115a
+_bounds = 0.,0.5,1.  # at which formulas change: no decay, no momentum, the whole average
+
 def structure(
     step:JitStep, # Step
     scalars:dict # Its scalar arguments
 ) -> tuple:
-    "What of the scalars decides which formula is computed"
-    consts = (v for n,v in scalars.items() if step.scalars[n] is not float and (n == 'do_wd' or n not in given))
-    return *consts,scalars.get('wd') == 0.,scalars.get('mom') == 0.
+    "What of the scalars may decide which formula is computed: constants, and where hypers but `lr` lie from bounds"
+    res = []
+    for n,v in scalars.items():
+        if step.scalars[n] is float:
+            if n != 'lr': res.append(bisect_left(_bounds, v) + bisect_right(_bounds, v))
+        elif n == 'do_wd' or n not in given: res.append(v)
+    return tuple(res)
 
 _faults,_lock = {},RLock()
 
@@ -129,7 +142,7 @@ def fused_fault(
                                "`python -m fastxtend_jit --check` shows more, for a report.", stacklevel=2)
         return fault
 
-# %% ../nbs/02_proof.ipynb #13af7296
+# %% ../nbs/02_proof.ipynb #cef1fb46
 def _flags(vary):
     "Combinations of what may be true or false; `flat` is so on a CPU, `slow_numbers` on CUDA"
     every = [dict(zip(vary, o)) for o in product((True,False), repeat=len(vary))]
@@ -163,7 +176,7 @@ def _find_fault(step, names, device, dtype, scalars, vary):
             if trial.moved: return '',False,True
     return '',False,False
 
-# %% ../nbs/02_proof.ipynb #7b4d27ec
+# %% ../nbs/02_proof.ipynb #676e387b
 _proved = set()
 
 def check_compiled(
@@ -191,23 +204,29 @@ def check_compiled(
                         "in as arguments, or single tensors by their methods, such as `add_`.")
             if trial.moved: _proved.add(key); return
 
-# %% ../nbs/02_proof.ipynb #a5f85e0f
+# %% ../nbs/02_proof.ipynb #ffe37e01
 _passes = {}
+
+def _rehearsed(step, names, dtype, scalars, given):
+    "Passes of a step, and whether it allocates a tensor's memory; many and yes if it cannot be taken"
+    lists = _lists(step, names, (((130,),),), torch.device('cpu'), dtype, False)
+    with Rehearsal() as r:
+        try: step.over(names, compiled=False)(*lists, *{n: given.get(n, v) for n,v in scalars.items()}.values())
+        except Exception: return 1<<62,True
+    passes = sum(k for n,k in r.calls.items() if n.startswith(('_foreach_','_fused_')))
+    return passes or 1<<62,r.peak >= 130*dtype.itemsize
 
 def count_passes(
     step:JitStep, # Step
     state_names:tuple, # States that there are
     dtype:torch.dtype, # Of parameters, gradients and state
     scalars:dict # Scalar arguments as they are now
-) -> int:
-    "How often `step` goes through a CPU's memory; 2 if that cannot be seen. Tried once"
+) -> tuple:
+    "How often `step` goes through memory late and without lookahead, and whether it ever allocates. Tried once"
     key = step,state_names,dtype,scalars.get('fused'),structure(step, scalars)
     if key not in _passes:
-        cpu = torch.device('cpu')
-        late = {n: dict(step=8, lookahead=False).get(n, v) for n,v in scalars.items()}
-        over,lists = step.over(state_names, compiled=False),_lists(step, state_names, ((130,),), cpu, dtype, first=False)
-        with _lock,_apart(cpu),Calls() as c:
-            try: over(*lists, *late.values())
-            except Exception: c.calls.clear()
-        _passes[key] = sum(k for n,k in c.calls.items() if n.startswith(('_foreach_','_fused_'))) or 2
+        kinds = dict(step=8, lookahead=False),dict(step=1, lookahead=False),dict(step=8, lookahead=True)
+        with _lock,_apart(torch.device('cpu')):
+            passes,allocates = zip(*(_rehearsed(step, state_names, dtype, scalars, k) for k in kinds))
+        _passes[key] = passes[0],any(allocates)
     return _passes[key]

@@ -41,12 +41,14 @@ def qhadam_jit_step(
     debias1,debias2 = debias(mom, step),debias(sqr_mom, step)
 
     if fused and 0.5 <= nu_1 and nu_1 <= 1. and nu_2 == 1. and can_fuse(mom, sqr_mom, params[0]):
-        # The update nu_1·new/debias1 + (1-nu_1)·g, with new = mom·old + (1-mom)·g, is size·(b·old + (1-b)·g): Adam's with another β₁ and lr·size.
+        # The update nu_1·new/debias1 + (1-nu_1)·g, with new = mom·old + (1-mom)·g, is size·(b·old + (1-b)·g):
+        # Adam's with another β₁ and lr·size.
         # What the kernel leaves in `grad_avg` is b·old + (1-b)·g, from which new = r·that + (1-r)·g
         size = nu_1/debias1 + 1 - nu_1
         r = 1 + debias1*(1-nu_1)/nu_1
         if not decouple_wd: grads = weight_decay(params, grads, lr, wd, False)
-        fused_adam(params, grads, grad_avg, sqr_avg, step, lr*size, mom/r, sqr_mom, eps, wd/size if decouple_wd else 0., True, debias_first=False)
+        fused_adam(params, grads, grad_avg, sqr_avg, step, lr=lr*size, mom=mom/r, sqr_mom=sqr_mom, eps=eps,
+                   wd=wd/size if decouple_wd else 0., decouple_wd=True, debias_first=False)
         if r != 1.: torch._foreach_lerp_(grad_avg, grads, 1-r)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)
@@ -74,4 +76,5 @@ def qhadam_jit(
     decouple_wd:bool=True, # Apply true weight decay (QHAdamW) or L2 regularization (QHAdam)
 ) -> JitOptimizer:
     "A compiled `QHAdam`/`QHAdamW`"
-    return JitOptimizer(params, qhadam_jit_step, decouple_wd, lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return JitOptimizer(params, qhadam_jit_step, decouple_wd, lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom,
+                        eps=eps, wd=wd)

@@ -36,7 +36,8 @@ def radam_jit_step(
     fused:bool=True # Use ATen's fused kernel?
 ):
     "A step of RAdam"
-    radam(params, grads, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd if do_wd else 0., beta, decouple_wd, fused)
+    radam(params, grads, grad_avg, sqr_avg, step, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd if do_wd else 0.,
+          beta=beta, decouple_wd=decouple_wd, fused=fused)
 
 # %% ../nbs/13_radam.ipynb #2bf7a3a0
 def radam_jit(

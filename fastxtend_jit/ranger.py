@@ -39,7 +39,8 @@ def ranger_jit_step(
     fused:bool=True # Use ATen's fused kernel?
 ):
     "A step of RAdam, followed by a lookahead if it is time for one"
-    radam(params, grads, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd if do_wd else 0., beta, decouple_wd, fused)
+    radam(params, grads, grad_avg, sqr_avg, step, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd if do_wd else 0.,
+          beta=beta, decouple_wd=decouple_wd, fused=fused)
     if lookahead: _lookahead(params, slow_weights, alpha)
 
 # %% ../nbs/17_ranger.ipynb #48bde6c3
@@ -57,4 +58,5 @@ def ranger_jit(
     decouple_wd:bool=True # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
 ) -> JitLookahead:
     "A compiled `ranger`: `Lookahead` with `RAdam`"
-    return JitLookahead(params, ranger_jit_step, decouple_wd, k=k, alpha=alpha, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    return JitLookahead(params, ranger_jit_step, decouple_wd, k=k, alpha=alpha, lr=lr, mom=mom, sqr_mom=sqr_mom,
+                        eps=eps, wd=wd, beta=beta)

@@ -41,13 +41,15 @@ def rmsprop_jit_step(
     if fuse:
         decay = wd if decouple_wd else 0.
         if grad_avg is None:
-            # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that: the kernel writes back what it read
-            # (of an infinite one NaN, which is what the parameter becomes)
-            fused_adam(params, grads, grads, sqr_avg, 0, lr, 0., sqr_mom, eps, decay, True)
+            # Adam with β1 = 0 has the gradient for its first moment, so the gradients can be that:
+            # the kernel writes back what it read (of an infinite one NaN, which is what the parameter becomes)
+            fused_adam(params, grads, grads, sqr_avg, 0, lr=lr, mom=0., sqr_mom=sqr_mom, eps=eps, wd=decay,
+                       decouple_wd=True)
         else:
             # β1 = μ/(1+μ) gives β1·m + (1-β1)·g = (μ·m + g)/(1+μ)
             scale = 1 + mom
-            fused_adam(params, grads, grad_avg, sqr_avg, 0, lr*scale, mom/scale, sqr_mom, eps, decay/scale, True)
+            fused_adam(params, grads, grad_avg, sqr_avg, 0, lr=lr*scale, mom=mom/scale, sqr_mom=sqr_mom, eps=eps,
+                       wd=decay/scale, decouple_wd=True)
             scale_(grad_avg, scale)
         return
     if grad_avg is not None: average_grad(grad_avg, grads, mom)
@@ -65,4 +67,5 @@ def rmsprop_jit(
     decouple_wd:bool=True # Apply true weight decay or L2 regularization (RMSProp)
 ) -> JitOptimizer:
     "A compiled `RMSProp`"
-    return JitOptimizer(params, rmsprop_jit_step, decouple_wd, grad_avg=mom!=0, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return JitOptimizer(params, rmsprop_jit_step, decouple_wd, grad_avg=mom!=0, lr=lr, mom=mom, sqr_mom=sqr_mom,
+                        eps=eps, wd=wd)

@@ -139,7 +139,7 @@ def over({', '.join(f'a{j}: {t}' for j,t in enumerate(types))}):
         _step({', '.join(gives)})
 """).over
 
-# %% ../nbs/00_script.ipynb #aa33bf3c
+# %% ../nbs/00_script.ipynb #c3f5d72e
 @contextmanager
 def _hold_back_interrupts():
     "Let a Ctrl-C wait until this is over"
@@ -152,6 +152,7 @@ def _hold_back_interrupts():
         signal.signal(signal.SIGINT, old)
         if came: old(*came[0])
 
+# %% ../nbs/00_script.ipynb #664858d8
 class _Compiled(_Arguments):
     "A step function compiled by TorchScript, by itself and over batches"
     @cached_property
@@ -218,6 +219,6 @@ def jit_step(
     elementwise:bool=False, # Does no element's result depend on another, so that tensors may come in pieces?
     check:Callable=None # Called with the scalars by name before a step, to raise where it could not be taken
 ) -> JitStep:
-    "Compile a step function, as a decorator, with or without arguments; raises `TypeError` if its signature is no step's"
+    "Compile a step function, as a decorator with or without arguments; `TypeError` if its signature is no step's"
     if fn is None: return lambda f: jit_step(f, elementwise, check)
     return fn if isinstance(fn, JitStep) else JitStep(fn, elementwise, check)

@@ -13,7 +13,7 @@ from typing import List,Optional
 import torch
 from torch import Tensor
 
-from .fragments import average_grad,weight_decay
+from .fragments import average_grad,fused_sgd,weight_decay
 from .optimizer import JitOptimizer
 from .script import jit_step
 
@@ -33,10 +33,10 @@ def sgd_jit_step(
     "A step of SGD, with momentum if there is a `grad_avg`"
     if not do_wd: wd = 0.
 
-    if fused and (grad_avg is None or mom > 0.):  # with `momentum=0`, the kernel would leave `grad_avg` as it is; on CUDA it has to be positive
+    # with `momentum=0`, the kernel would leave `grad_avg` as it is; on CUDA it has to be positive
+    if fused and (grad_avg is None or mom > 0.):
         if decouple_wd: weight_decay(params, grads, lr, wd, True)
-        torch._fused_sgd_(params, grads, [] if grad_avg is None else grad_avg, weight_decay=0. if decouple_wd else wd,
-                          momentum=0. if grad_avg is None else mom, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+        fused_sgd(params, grads, grad_avg, lr, mom, wd=0. if decouple_wd else wd)
         return
     grads = weight_decay(params, grads, lr, wd, decouple_wd)
     if grad_avg is not None: average_grad(grad_avg, grads, mom)

@@ -83,21 +83,15 @@ class _Tensors:
             state_stride     = _each(Tensor.stride, self.others),
             without_memory   = _each(_without_memory, self.without_memory))
 
-# %% ../nbs/02_snapshot.ipynb #3c2b291d
-class Snapshot:
-    "All that a plan was made from"
-    def __init__(self,
-        opt, # Optimizer
-        plan, # Its plan, whose state is the optimizer's by now
-        grads:list # Gradients of all parameters, `None` included
-    ):
-        self.plan,self.slots = plan,[s for b in plan.buckets for s in b.slots]
-        self.dicts = [s.own for s in self.slots]
-        self.tensors = _Tensors([s.param for s in self.slots], [t for s in self.slots for t in s.state.values()])
-        self.objects,self.facts = self._objects(opt),self._facts(opt, grads)
-        self._see(grads, plan.addresses(grads))
+# %% ../nbs/02_snapshot.ipynb #20a1da51
+class _Columns:
+    "What a plan rests on, but for gradients that come and go"
+    def __init__(self, plan):
+        self.plan,slots = plan,[s for b in plan.buckets for s in b.slots]
+        self.dicts = [s.own for s in slots]
+        self.tensors = _Tensors([s.param for s in slots], [t for s in slots for t in s.state.values()])
 
-    def _objects(self, opt):
+    def objects(self, opt):
         "Columns that have to hold the same objects"
         return dict(
             all_state = [opt.state],
@@ -105,7 +99,7 @@ class Snapshot:
             dicts     = [*opt.state.values()],
             **opt._state_columns(self.dicts))
 
-    def _facts(self, opt, grads):
+    def facts(self, opt, grads):
         "Columns that have to be equal"
         there = [g for g in grads if g is not None]
         return dict(
@@ -116,6 +110,32 @@ class Snapshot:
             grads_stride = _each(Tensor.stride, there),
             grads_numel  = _each(Tensor.numel, there),
             **self.tensors.facts())
+
+    def steps_match(self):
+        "Have parameters taken as many steps as their buckets?"
+        if not self.plan.counts: return True
+        taken,n = _each(itemgetter('step'), self.dicts),0
+        for b in self.plan.buckets:
+            m = n+len(b.slots)
+            if taken[n:m] != [b.taken]*len(b.slots): return False
+            n = m
+        return True
+
+# %% ../nbs/02_snapshot.ipynb #830dd260
+def _kinds(grads):
+    "What of a gradient can change only with it; a parameter has its gradient's dtype"
+    return [g is None or (g.dtype,g.is_neg()) for g in grads]
+
+class Snapshot:
+    "All that a plan was made from"
+    def __init__(self,
+        opt, # Optimizer
+        plan, # Its plan, whose state is the optimizer's by now
+        grads:list # Gradients of all parameters, `None` included
+    ):
+        self.plan,self.columns = plan,_Columns(plan)
+        self.objects,self.facts = self.columns.objects(opt),self.columns.facts(opt, grads)
+        self._see(grads, plan.addresses(grads))
 
     def _see(self, grads, addresses):
         self.kinds,self.grads_at = _kinds(grads),addresses
@@ -129,9 +149,9 @@ class Snapshot:
         "Is all as it was, so that the plan may be used? Raises if a gradient lies where the step writes"
         if not same(params, self.plan.params): return False
         try:
-            objects = self._objects(opt)
+            objects = self.columns.objects(opt)
             if not all(same(objects[k], v) for k,v in self.objects.items()): return False
-            if not self._steps_match() or self._facts(opt, grads) != self.facts: return False
+            if not self.columns.steps_match() or self.columns.facts(opt, grads) != self.facts: return False
         except (KeyError,RuntimeError): return False  # state that was deleted; a gradient without strides, a sparse one
         at = self.plan.addresses(grads)
         if at == self.grads_at and same([r and r() for r in self.grads], grads): return True
@@ -139,17 +159,3 @@ class Snapshot:
         if at != self.grads_at: self.plan.check_apart(grads)
         self._see(grads, at)
         return True
-
-    def _steps_match(self):
-        "Have parameters taken as many steps as their buckets?"
-        if not self.plan.counts: return True
-        taken,n = _each(itemgetter('step'), self.dicts),0
-        for b in self.plan.buckets:
-            m = n+len(b.slots)
-            if taken[n:m] != [b.taken]*len(b.slots): return False
-            n = m
-        return True
-
-def _kinds(grads):
-    "What of a gradient can change only with it; a parameter has its gradient's dtype"
-    return [g is None or (g.dtype,g.is_neg()) for g in grads]

@@ -1,5 +1,5 @@
 "Compiled steps are as good as Python functions: documented, inspected, pickled; and a user's own step is as good as ours"
-import copy,inspect,pickle,pydoc,subprocess,sys,warnings
+import copy,inspect,pickle,pydoc,re,subprocess,sys,warnings
 from functools import partial
 from typing import List,Optional
 
@@ -139,3 +139,10 @@ def test_own_step(own, monkeypatch):
         assert loaded.opt_step.fn is lion_step and {*loaded.state} == {*ps}
     opt = copy.deepcopy(opt)
     opt.clear_state()
+
+def test_without_torchscript():
+    "As PyTorch will be one day: all imports, and the numbers are the same. Tolerances are those of all parity tests"
+    cmd = [sys.executable,'-W','ignore','-m','tests.without_torchscript','tests/test_parity.py','-q','-k','cpu and float64 and schedule']
+    res = subprocess.run(cmd, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-2000:]
+    assert re.search(r'^4\d passed', res.stdout, re.M), res.stdout[-300:]
