@@ -1,4 +1,4 @@
-"All that `from fastxtend_jit.all import *` brings in: eight optimizers, their steps and classes, `jit_opt`, and methods of a Learner"
+"What `from fastxtend_jit.all import *` brings in: eight optimizers, their steps and classes, `jit_opt`, methods of Learner"
 from .optimizer import JitOptimizer,JitLookahead
 from .sgd import *
 from .rmsprop import *

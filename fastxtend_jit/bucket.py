@@ -19,7 +19,7 @@ from .guard import check_state
 from .layout import flat,is_dense,is_plain,local,memory_order
 from .script import JitStep
 
-# %% ../nbs/02_bucket.ipynb #5a03817e
+# %% ../nbs/02_bucket.ipynb #d44bc940
 batch_size = 2**21  # elements in a batch on a CPU, at most, if the step allocates
 cache_size = 2**17  # elements for each thread, if its core's cache is to hold them until the next kernel
 small_size = 2**12  # elements up to which one thread is faster than two
@@ -27,7 +27,7 @@ small_size = 2**12  # elements up to which one thread is faster than two
 def elements_at_once(
     elementwise:bool, # May large tensors be cut?
     passes:int, # How often the step goes through memory
-    allocates:bool # Does it ever allocate a tensor's memory?
+    allocates:bool # May it allocate a tensor's memory?
 ) -> int:
     "Elements that a batch may have"
     if not elementwise: return batch_size//8
@@ -140,7 +140,7 @@ def _vector(slots, name):
     for s,v in zip(slots, res.unbind()): s.state[name] = s.made[name] = v
     return res
 
-# %% ../nbs/02_bucket.ipynb #91637683
+# %% ../nbs/02_bucket.ipynb #491328d1
 class Bucket:
     "Parameters that take the same step, cut into batches"
     def __init__(self,
@@ -149,7 +149,7 @@ class Bucket:
         step:JitStep, # Step that they take
         fault:str='', # Why they do not get the fused form of the step, empty if they get it
         passes:int=1, # How often the step goes through memory
-        allocates:bool=True # Does it ever allocate a tensor's memory?
+        allocates:bool=True # May it allocate a tensor's memory?
     ):
         self.key,self.fault,self.taken,self.counts = key,fault,key.step,'step' in step.args
         self.batched = _Batches(key, slots, step, elements_at_once(step.elementwise, passes, allocates))

@@ -261,7 +261,7 @@ def sub_scaled_(
     factors = factors.to(params[0].dtype)
     torch._foreach_addcmul_(params, updates, spread(factors, params) if slow_numbers else factors.unbind(), -1.)
 
-# %% ../nbs/01_fragments.ipynb #0e3211d2
+# %% ../nbs/01_fragments.ipynb #3f606dcf
 def descend(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients, or what is to be subtracted
@@ -276,11 +276,13 @@ def descend(
 ):
     "A step of SGD with a learning rate for each tensor"
     lr = float(lrs[0]) if fused and flat and len(params) == 1 and (grad_avg is None or mom > 0.) else 0.
-    finite = keep == 1. or lr != 0. and p_norm is not None and float(p_norm[0]) < math.inf
-    if lr != 0. and grad_avg is None and finite: fused_sgd(params, grads, None, lr, 0., wd=(1-keep)/lr)
+    # as L2 regularization: not of infinite parameters, nor where little is left and most of it would cancel
+    shrinks = grad_avg is None and lr != 0. and keep > 0.5 and keep < 1.
+    if shrinks and p_norm is not None and float(p_norm[0]) < math.inf:
+        fused_sgd(params, grads, None, lr, 0., wd=(1-keep)/lr)
     else:
         if keep != 1.: scale_(params, keep)
-        if lr != 0.: fused_sgd(params, grads, grad_avg, lr, mom)
+        if grad_avg is not None and lr != 0.: fused_sgd(params, grads, grad_avg, lr, mom)
         else:
             if grad_avg is not None: average_grad(grad_avg, grads, mom)
             sub_scaled_(params, grads if grad_avg is None else grad_avg, lrs, slow_numbers)

@@ -166,7 +166,7 @@ def check_states(
     if not _is_list(states): misfit(f"its `state` has to be a list, but is a {type(states).__name__}.")
     if len(states) != n: misfit(f"it has state for {len(states)} parameters, the optimizer has {n}.")
 
-# %% ../nbs/02_guard.ipynb #8776a267
+# %% ../nbs/02_guard.ipynb #23de14b4
 def check_hypers(
     hypers:list, # A dict for each group, to be loaded
     names:list, # Hypers that a step needs
@@ -179,8 +179,8 @@ def check_hypers(
         if not isinstance(h, dict): misfit(f"hypers of group {i} are {h!r}, not a dict.")
         if lost := [n for n in names if n not in h]:
             misfit(f"hypers of group {i} lack {', '.join(lost)}; they are {sorted(map(str, h))}.")
-        for n in names:
-            try: as_scalar(h[n], float, f"hyper `{n}` of group {i}")
+        for name in names:
+            try: as_scalar(h[name], float, f"hyper `{name}` of group {i}")
             except TypeError as e: misfit(e)
 
 def check_loaded(

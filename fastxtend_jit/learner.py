@@ -62,7 +62,7 @@ structural_args = dict(decouple_wd=(True,False), mom=(0.,0.9), clip=(True,False)
 def _made_of(opt):
     "What an optimizer does at a step, in a form that can be compared"
     if isinstance(opt, JitOptimizer):
-        consts = [getattr(opt, n) for n in opt.opt_step.consts if n not in opt.given]
+        consts = [getattr(opt, n) for n in opt.opt_step.consts if n not in opt._given]
         return type(opt),opt.opt_step,*opt.state_names,*consts
     if hasattr(opt, 'slow_weights'): return type(opt),*_made_of(opt.opt)  # fastai's Lookahead
     cbs = getattr(opt, 'cbs', ())

@@ -1,4 +1,4 @@
-"""`JitOptimizer` runs one compiled step function over all parameters, and is fastai's `Optimizer` in every other respect
+"""`JitOptimizer` runs one compiled step over all parameters, and is fastai's `Optimizer` in every other respect
 
 Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 
@@ -50,19 +50,20 @@ def _sorted_defaults(step, given, defaults):
     hypers = {n:there[n] for n in step.hypers if n in there and n not in given}
     return state,consts,{**hypers, **defaults}
 
-# %% ../nbs/03_optimizer.ipynb #899e91f1
+# %% ../nbs/03_optimizer.ipynb #505ffae2
 class _Configured(Optimizer):
     "An `Optimizer` with hypers and constants of a step function in place of callbacks"
-    given    = given  # arguments of a step that the optimizer itself fills in, with their types
-    reserved = 'self','opt_step'  # arguments of its own, whose names a step cannot have for one of its
+    _given    = given  # arguments of a step that the optimizer itself fills in, with their types
+    _reserved = 'self','opt_step'  # arguments of its own, whose names a step cannot have for one of its
+    consts    = None  # values by name
     def __init__(self, params, step, decouple_wd, defaults):
         if not len(params):
             raise ValueError("The optimizer got no parameters: pass `model.parameters()`, "
                              "or a list of lists of parameters.")
         for n in step.args[2:]:
-            if n in self.reserved: self._refuse(step, n, 'an argument')
-        step.check_given(self.given)
-        self.state_names,consts,hypers = _sorted_defaults(step, self.given, defaults)
+            if n in self._reserved: self._refuse(step, n, 'an argument')
+        step.check_given(self._given)
+        self.state_names,consts,hypers = _sorted_defaults(step, self._given, defaults)
         no_effect = {n:hypers.pop(n) for n in ['train_bn'] if n in hypers and n not in step.hypers}  # as fastai says
         self.opt_step = step
         super().__init__(params, [], **no_effect)
@@ -79,11 +80,12 @@ class _Configured(Optimizer):
                         f"`{type(self).__name__}`: give it another name.")
 
     def _checked_consts(self, step, consts, decouple_wd):
+        if hasattr(self, 'decouple_wd'): self._refuse(step, 'decouple_wd', 'an attribute')
         values = {'decouple_wd':False, **step.defaults, **consts}
         if decouple_wd is not ...: values['decouple_wd'] = decouple_wd
         res = {'decouple_wd': as_scalar(values['decouple_wd'], bool, "`decouple_wd`")}
         for n in step.consts:
-            if n in self.given or n in res: continue
+            if n in self._given or n in res: continue
             if hasattr(self, n): self._refuse(step, n, 'an attribute')
             if n not in values:
                 raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
@@ -92,23 +94,23 @@ class _Configured(Optimizer):
 
     # Constants have a place of their own, so that none can come in the way of what the optimizer keeps for itself
     def __getattr__(self, n):
-        if n in self.__dict__.get('consts', ()): return self.consts[n]
+        if n in (self.__dict__.get('consts') or ()): return self.consts[n]
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{n}'", name=n, obj=self)
 
     def __setattr__(self, n, v):
-        if n in self.__dict__.get('consts', ()): self.consts[n] = v
+        if n in (self.__dict__.get('consts') or ()): self.consts[n] = v
         else: super().__setattr__(n, v)
 
     def _set_hyper(self, k, v):
         if k not in self.opt_step.hypers and k not in _common:
-            uses = ', '.join(n for n in self.opt_step.hypers if n not in self.given)
+            uses = ', '.join(n for n in self.opt_step.hypers if n not in self._given)
             warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
         super()._set_hyper(k, v)
 
-# %% ../nbs/03_optimizer.ipynb #0231d423
+# %% ../nbs/03_optimizer.ipynb #4676950b
 class _Scalars(_Configured):
     "Puts together the scalar arguments of a step"
-    _varying = property(lambda self: tuple(n for n,to in self.given.items() if to is bool and n in self.opt_step.args))
+    _varying = property(lambda self: tuple(n for n,to in self._given.items() if to is bool and n in self.opt_step.args))
 
     def _filled(self, key, taken, fused):
         "Arguments that the optimizer itself fills in"
@@ -193,7 +195,7 @@ def _own(p, v):
     # a parameter on the CPU may follow its state later: fastai moves a model when training starts
     return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
 
-# %% ../nbs/03_optimizer.ipynb #185adc9d
+# %% ../nbs/03_optimizer.ipynb #638b2db8
 def _check_state_dict(opt, sd):
     "Raise if `sd` cannot be loaded"
     if not isinstance(sd, dict):
@@ -202,7 +204,7 @@ def _check_state_dict(opt, sd):
     check_keys(sd, 'state', 'hypers')
     step,names = opt.opt_step,param_names(opt.param_lists)
     check_states(sd['state'], len(names))
-    check_hypers(sd['hypers'], [n for n in step.hypers if n not in opt.given], len(opt.param_lists))
+    check_hypers(sd['hypers'], [n for n in step.hypers if n not in opt._given], len(opt.param_lists))
     needed = [n for n in (*opt._in_state,'step') if n in step.args]
     for (p,*_),st,name in zip(opt.all_params(), sd['state'], names):
         check_loaded(p, st, name, opt.state_names, needed, step.numbers)
@@ -255,7 +257,7 @@ class JitOptimizer(_Stepping):
         slot.own.update(slot.made)
         self.state.setdefault(slot.param, slot.own)
 
-    def __getstate__(self): return {**self.__dict__, '_plan':None, '_snapshot':None}
+    def __getstate__(self): return {**self.__dict__, 'consts':{**self.consts}, '_plan':None, '_snapshot':None}
 
 # %% ../nbs/03_optimizer.ipynb #7ada6cba
 def _in_groups(ts, groups):
@@ -341,8 +343,8 @@ class _SavedSlowWeights(_SlowWeights):
 # %% ../nbs/03_optimizer.ipynb #2efcb9f2
 class JitLookahead(_SavedSlowWeights):
     "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
-    given    = {**JitOptimizer.given, 'alpha':float, 'lookahead':bool}
-    reserved = *JitOptimizer.reserved,'k'
+    _given    = {**JitOptimizer._given, 'alpha':float, 'lookahead':bool}
+    _reserved = *JitOptimizer._reserved,'k'
     _entangled = False  # does a parameter without a step share memory with another?
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups

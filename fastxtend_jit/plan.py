@@ -35,7 +35,7 @@ class _Sorter:
     def key_and_slot(self, i):
         p,g,name,step = self.params[i],self.grads[i],self.names[i],self.step
         own = self.opt.state.get(p, {})
-        if own and (twin := self.owners.setdefault(id(own), name)) is not name:
+        if p in self.opt.state and (twin := self.owners.setdefault(id(own), name)) is not name:
             raise ValueError(f"{name} and {twin} have one and the same dict as state: give each its own.")
         check_step_count(own.get('step', 0), name)
         mesh,dense = getattr(p, 'device_mesh', None),is_dense(local(p))
@@ -54,7 +54,7 @@ class _Sorter:
                   copied=copy and 1 + self.copied//batch_size, dtype=p.dtype, device=p.device, mesh=mesh)
         return key,slot
 
-# %% ../nbs/02_plan.ipynb #69f23403
+# %% ../nbs/02_plan.ipynb #138920e7
 def _bucket(opt, key, slots):
     "A bucket, and the structure of the step that it was made for"
     scalars,kind = opt._scalars(key),(opt.opt_step,opt.state_names)
@@ -62,18 +62,19 @@ def _bucket(opt, key, slots):
     if key.able: fault = fused_fault(*kind, key.device, key.dtype, scalars, opt._varying)
     elif key.mesh is None: fault = 'the parameters have gaps in memory'
     else: fault = 'the kernels take no tensors that are distributed'
-    cost = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault)) if key.flat else ()
-    return Bucket(key, slots, opt.opt_step, fault, *cost),structure(opt.opt_step, scalars)
+    cost = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault), opt._varying) if key.flat else ()
+    return Bucket(key, slots, opt.opt_step, fault, *cost),structure(opt.opt_step, scalars, opt._varying)
 
 def _written(buckets):
     slots = sorted((s for b in buckets for s in b.slots), key=lambda s: s.position)
     state = [(f'state `{n}` of {s.name}',t) for s in slots for n,t in s.state.items()]
     return WrittenMemory([(s.name,s.param) for s in slots] + state)
 
-class _Reading:
-    "Which parameters take a step, with the checks that come first"
+class _Checked:
+    "Which parameters take a step, and the checks that come first"
     def __init__(self, opt, params, grads):
-        self.params,self.step,self.counts = params,opt.opt_step,'step' in opt.opt_step.args
+        self.params,self.step,self.vary = params,opt.opt_step,opt._varying
+        self.counts = 'step' in self.step.args
         takes_step = [g is not None and p.numel() > 0 for p,g in zip(params, grads)]
         self.with_step,self.without_step = ([i for i,t in enumerate(takes_step) if t == o] for o in (True,False))
         self.names = param_names(opt.param_lists)
@@ -84,7 +85,7 @@ class _Reading:
         check_apart([params[i] for i in self.with_step], [self.names[i] for i in self.with_step])
 
 # %% ../nbs/02_plan.ipynb #3886da37
-class Plan(_Reading):
+class Plan(_Checked):
     "Buckets of all parameters that have a gradient; raises if a step could not be taken"
     def __init__(self,
         opt, # Optimizer, which stays as it is
@@ -106,7 +107,7 @@ class Plan(_Reading):
         scalars:list # Scalar arguments of the next step, for each bucket
     ) -> bool:
         "Is the form of the step still the right one, whatever constants and hypers are now?"
-        return self.structures == [structure(self.step, s) for s in scalars]
+        return self.structures == [structure(self.step, s, self.vary) for s in scalars]
 
     def addresses(self,
         grads:list # Gradients of all parameters

@@ -23,16 +23,18 @@ from .script import JitStep,given
 from .trace import Rehearsal
 
 # %% ../nbs/02_proof.ipynb #cbb9ee2d
-# of the tensors in a trial, in two batches, of which one is a single tensor; and for steps that refuse those
-_shapes = (((5,),(4,3),(130,)),((6,2),)),(((4,3),(3,7),(2,2)),((6,2),))
+# Batches of a trial, of several tensors and of one, with a kernel's whole vectors in them. Is the first parameter zero?
+# A step from zero is seen whole, in 16 bits too; where norms count, one from elsewhere is needed.
+_shapes = ((((130,),(4,3),(5,)),True),(((130,),),True),(((6,22),),False))
+_picky  = ((((4,3),(3,7),(2,2)),True),(((6,2),),True),(((6,2),),False))  # for steps that refuse those
 
-def _batch(step, names, shapes, device, dtype, first):
-    "Lists for a trial: one parameter is zero, so that its step is seen whole, and no gradient's square vanishes"
+def _batch(step, names, shapes, zero, device, dtype, first):
+    "Lists for a trial, of which the first parameter may be zero; no gradient's square vanishes"
     def waves(k, low, high):
         n = [torch.arange(math.prod(s), dtype=torch.float64).view(s) for s in shapes]
         return [((low+high)/2 + (high-low)/2*torch.sin(k*(1.+x))).to(device, dtype) for x in n]
     params = waves(0.7, -1., 1.)
-    if len(shapes) > 1: params[0].zero_()
+    if zero: params[0].zero_()
     grads = [g*s.sign() for g,s in zip(waves(1.3, 0.3, 1.), waves(0.4, -1., 1.))]
     state = []
     for i,n in enumerate(names):
@@ -40,7 +42,9 @@ def _batch(step, names, shapes, device, dtype, first):
         else:                 state.append([torch.zeros_like(p) if first else p for p in waves(0.9+i/10, 0.2, 0.8)])
     return params,grads,*state
 
-def _lists(step, names, batches, *args): return [*map(list, zip(*(_batch(step, names, b, *args) for b in batches)))]
+def _lists(step, names, batches, *args):
+    "Each list, as a list of batches"
+    return [*map(list, zip(*(_batch(step, names, *b, *args) for b in batches)))]
 
 # %% ../nbs/02_proof.ipynb #47a60bc6
 def _trials(scalars):
@@ -71,13 +75,13 @@ def _apart(device):
             yield
         finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02_proof.ipynb #4cbfd081
+# %% ../nbs/02_proof.ipynb #5b274761
 def _flat(batches): return [t for b in batches for t in ([b] if isinstance(b, Tensor) else b)]
 
 class _Trial:
     "Small tensors of one kind, on which steps are taken from the same state"
     def __init__(self, step, names, shapes, device, dtype):
-        batches = lambda n: (1,)*len(shapes) if n in step.numbers else (s for b in shapes for s in b)
+        batches = lambda n: shapes if n in step.numbers else [s for b,_ in shapes for s in b]
         self.names = [n for n in ('params','grads',*names) for _ in batches(n)]
         self.lists = {first: _lists(step, names, shapes, device, dtype, first) for first in (True,False)}
         self.seed = torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed
@@ -102,19 +106,20 @@ class _Trial:
             if not torch.equal(x.isfinite(), fin): return n
             if fin.any() and not (x-y)[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
 
-# %% ../nbs/02_proof.ipynb #2c2e115a
+# %% ../nbs/02_proof.ipynb #fe8efe2f
 _bounds = 0.,0.5,1.  # at which formulas change: no decay, no momentum, the whole average
 
 def structure(
     step:JitStep, # Step
-    scalars:dict # Its scalar arguments
+    scalars:dict, # Its scalar arguments
+    vary:tuple=() # Names of those that are true or false from step to step
 ) -> tuple:
     "What of the scalars may decide which formula is computed: constants, and where hypers but `lr` lie from bounds"
     res = []
     for n,v in scalars.items():
         if step.scalars[n] is float:
             if n != 'lr': res.append(bisect_left(_bounds, v) + bisect_right(_bounds, v))
-        elif n == 'do_wd' or n not in given: res.append(v)
+        elif n == 'do_wd' or n not in given and n not in vary: res.append(v)
     return tuple(res)
 
 _faults,_lock = {},RLock()
@@ -129,7 +134,7 @@ def fused_fault(
 ) -> str:
     "Why the fused form of `step` is not to be used, empty if it takes the plain form's steps. Tried once"
     if 'fused' not in step.args: return 'the step has no fused form'
-    key = step,state_names,device,dtype,structure(step, scalars)
+    key = step,state_names,device,dtype,structure(step, scalars, vary)
     # a fault may come from odd hypers, and holds for these alone
     odd = *key,tuple(v for n,v in scalars.items() if step.scalars[n] is float and n not in ('lr','mom'))
     with _lock:
@@ -142,7 +147,7 @@ def fused_fault(
                                "`python -m fastxtend_jit --check` shows more, for a report.", stacklevel=2)
         return fault
 
-# %% ../nbs/02_proof.ipynb #cef1fb46
+# %% ../nbs/02_proof.ipynb #4065e5f2
 def _flags(vary):
     "Combinations of what may be true or false; `flat` is so on a CPU, `slow_numbers` on CUDA"
     every = [dict(zip(vary, o)) for o in product((True,False), repeat=len(vary))]
@@ -161,7 +166,7 @@ def _find_fault(step, names, device, dtype, scalars, vary):
     tol,tiny = {torch.float64:1e-11, torch.float32:3e-5}.get(dtype, 8*info.eps),8*info.eps*info.smallest_normal
     compiled,plain = step.over(names),step.over(names, compiled=False)
     with _apart(device):
-        for shapes in _shapes:
+        for shapes in (_shapes,_picky):
             trial = _Trial(step, names, shapes, device, dtype)
             for (s,first),flags in zip(_trials(scalars), cycle(_flags([n for n in vary if n == 'lookahead']))):
                 s |= flags
@@ -176,7 +181,7 @@ def _find_fault(step, names, device, dtype, scalars, vary):
             if trial.moved: return '',False,True
     return '',False,False
 
-# %% ../nbs/02_proof.ipynb #676e387b
+# %% ../nbs/02_proof.ipynb #932cd6d8
 _proved = set()
 
 def check_compiled(
@@ -186,11 +191,11 @@ def check_compiled(
     vary:tuple=() # Names of those that are true or false from step to step
 ):
     "Raise `RuntimeError` if the compiled `step` takes other steps than the plain function, in float64. Tried once"
-    key = step,state_names,structure(step, scalars)
+    key = step,state_names,structure(step, scalars, vary)
     if key in _proved or step.compiled is step.fn: return
     cpu,both = torch.device('cpu'),[step.over(state_names, c) for c in (True,False)]
     with _lock,_apart(cpu):
-        for shapes in _shapes:
+        for shapes in (_shapes[::2],_picky[::2]):  # in float64 every step is seen
             trial,flags = _Trial(step, state_names, shapes, cpu, torch.float64),_flags(vary)
             for (s,first),f in islice(zip(cycle(_trials(scalars)), cycle(flags)), max(6, len(flags))):
                 s = {**s, **f}
@@ -204,26 +209,31 @@ def check_compiled(
                         "in as arguments, or single tensors by their methods, such as `add_`.")
             if trial.moved: _proved.add(key); return
 
-# %% ../nbs/02_proof.ipynb #ffe37e01
+# %% ../nbs/02_proof.ipynb #b67ac75e
 _passes = {}
 
 def _rehearsed(step, names, dtype, scalars, given):
-    "Passes of a step, and whether it allocates a tensor's memory; many and yes if it cannot be taken"
-    lists = _lists(step, names, (((130,),),), torch.device('cpu'), dtype, False)
+    "Passes of a step, and whether it may allocate a tensor's memory; many and yes if it cannot be taken"
+    scalars = {n: given.get(n, v) for n,v in scalars.items()}
     with Rehearsal() as r:
-        try: step.over(names, compiled=False)(*lists, *{n: given.get(n, v) for n,v in scalars.items()}.values())
+        # made in here, they may be written to
+        lists = _lists(step, names, _shapes[1:2], torch.device('cpu'), dtype, False)
+        r.calls.clear()
+        r.peak = before = sum(n for o,n in r.live.items() if not o.expired())
+        try: step.over(names, compiled=False)(*lists, *scalars.values())
         except Exception: return 1<<62,True
-    passes = sum(k for n,k in r.calls.items() if n.startswith(('_foreach_','_fused_')))
-    return passes or 1<<62,r.peak >= 130*dtype.itemsize
+    fused,others = (sum(k for n,k in r.calls.items() if n.startswith(kind)) for kind in ('_fused_','_foreach_'))
+    return fused+others or 1<<62,others > 0 or r.peak-before >= 130
 
 def count_passes(
     step:JitStep, # Step
     state_names:tuple, # States that there are
     dtype:torch.dtype, # Of parameters, gradients and state
-    scalars:dict # Scalar arguments as they are now
+    scalars:dict, # Scalar arguments as they are now
+    vary:tuple=() # Names of those that are true or false from step to step
 ) -> tuple:
-    "How often `step` goes through memory late and without lookahead, and whether it ever allocates. Tried once"
-    key = step,state_names,dtype,scalars.get('fused'),structure(step, scalars)
+    "How often `step` goes through memory in its 8th step without lookahead; whether it may allocate. Tried once"
+    key = step,state_names,dtype,scalars.get('fused'),structure(step, scalars, vary)
     if key not in _passes:
         kinds = dict(step=8, lookahead=False),dict(step=1, lookahead=False),dict(step=8, lookahead=True)
         with _lock,_apart(torch.device('cpu')):

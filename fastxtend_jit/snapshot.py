@@ -83,7 +83,7 @@ class _Tensors:
             state_stride     = _each(Tensor.stride, self.others),
             without_memory   = _each(_without_memory, self.without_memory))
 
-# %% ../nbs/02_snapshot.ipynb #20a1da51
+# %% ../nbs/02_snapshot.ipynb #711d2b2a
 class _Columns:
     "What a plan rests on, but for gradients that come and go"
     def __init__(self, plan):
@@ -115,6 +115,7 @@ class _Columns:
         "Have parameters taken as many steps as their buckets?"
         if not self.plan.counts: return True
         taken,n = _each(itemgetter('step'), self.dicts),0
+        if not {*map(type, taken)} <= {int}: return False
         for b in self.plan.buckets:
             m = n+len(b.slots)
             if taken[n:m] != [b.taken]*len(b.slots): return False

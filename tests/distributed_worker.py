@@ -171,6 +171,7 @@ def main(path):
             dist.all_gather_object(both, wrong)
             res[f'{f.__name__}-{c}'] = ''.join(both)
     if dist.get_rank() == 0: Path(path).write_text(json.dumps(res))
+    dist.barrier()  # in PyTorch 2.4, a process that leaves while the other still does can leave it waiting
     dist.destroy_process_group()
 
 if __name__ == '__main__': main(sys.argv[1])

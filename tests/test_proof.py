@@ -251,4 +251,4 @@ def test_cost(case, record_property):
         firsts.append(seconds())
     record_property('milliseconds', 1000*(min(firsts)-second))
     print(f'{case}: {1000*(min(firsts)-second):.1f} ms')
-    assert min(firsts)-second < 0.04  # 4 to 13 ms on an idle machine
+    assert min(firsts)-second < 0.15  # 17 to 45 ms on an idle machine

@@ -1,6 +1,6 @@
 "What used to give wrong numbers, or a broken state, without a word"
 import importlib.util,signal,sys
-from copy import deepcopy
+from copy import copy,deepcopy
 from time import perf_counter
 from typing import List,Optional
 
@@ -13,6 +13,7 @@ from torch import Tensor,nn
 from fastxtend_jit import bucket,optimizer,plan,snapshot as snapshots
 from fastxtend_jit.fragments import norms
 from fastxtend_jit.script import jit_step
+from fastxtend_jit.trace import peak_memory
 from tests.cases import *
 from tests.test_errors import same,snapshot
 
@@ -694,3 +695,78 @@ def test_numbers_of_any_shape():
 
 def test_numbers_need_whole_tensors():
     with pytest.raises(TypeError, match='counting.*elementwise.*moved'): jit_step(counting, elementwise=True)
+
+# --- The engine in rooms of its own: what an adversary found
+
+@eight
+def test_plan_is_kept(case):
+    "From its second step on an optimizer goes by one plan, also over lookaheads"
+    opt = trained(case, 1)
+    plan = opt._plan
+    for i in range(13):
+        new_grads(opt.all_params().itemgot(0), i)
+        opt.step()
+        assert opt._plan is plan, i
+
+def capped(params:List[Tensor], grads:List[Tensor], lr:float):
+    "Waits for what it writes"
+    torch._foreach_add_(params, grads, alpha=-lr)
+    for p in params:
+        while bool(p.norm() > 1.): p.mul_(0.5)
+
+def test_step_that_waits_for_its_own_write():
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    JitOptimizer([p], jit_step(capped, elementwise=True), lr=0.1).step()
+    assert p.tolist() == pytest.approx([0.45]*4)
+
+def late_list(params:List[Tensor], grads:List[Tensor], step:int, lr:float):
+    if step > 9: grads = torch._foreach_mul(grads, 0.5)
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+def test_allocates_late(monkeypatch):
+    "A step of one's own gets batches, as nobody knows what it does later"
+    for m in (bucket,plan): monkeypatch.setattr(m, 'batch_size', 2**10)
+    ps = [nn.Parameter(torch.randn(2**12)) for _ in range(8)]
+    opt = JitOptimizer(ps, jit_step(late_list, elementwise=True), lr=0.1)
+    for i in range(10): new_grads(ps, i); opt.step()
+    assert peak_memory(opt.step) < 3*2**12
+
+def test_constants_of_a_copy():
+    opt = larc_jit([nn.Parameter(torch.ones(2))], 0.1)
+    other = copy(opt)
+    other.clip = False
+    assert opt.clip and not other.clip and opt.consts != other.consts
+    class Own(JitOptimizer): decouple_wd = True
+    with pytest.raises(TypeError, match='`decouple_wd`.*attribute of `Own`'): Own([nn.Parameter(torch.ones(2))], adam_jit_step, lr=0.1)
+
+def test_shared_empty_state():
+    opt = trained(EIGHT[2], 0)
+    p,q,*_ = opt.all_params().itemgot(0)
+    opt.state[p] = opt.state[q] = {}
+    with pytest.raises(ValueError, match='one and the same dict'): opt.step()
+
+@pytest.mark.parametrize('n', [True,1.])
+def test_step_count_of_another_type(n):
+    opt = trained(EIGHT[2], 1)
+    opt.state[opt.param_lists[0][0]]['step'] = n
+    with pytest.raises(TypeError, match='whole number'): opt.step()
+
+@pytest.mark.parametrize('wd', [0.01,9.,99.,99.9,100.,150.])
+@pytest.mark.parametrize('value', [1.,float('inf')])
+def test_large_lamb(wd, value):
+    "A tensor by itself, whose decay is part of the update: at any decay, and with an infinite element"
+    torch.manual_seed(0)
+    start = torch.randn(600,600)
+    start[3,3] = value
+    ps = [nn.Parameter(start.clone()) for _ in range(2)]
+    truth = nn.Parameter(start.double())
+    opts = [f([p], lr=0.01, wd=wd) for f,p in ((Lamb,ps[0]),(lamb_jit,ps[1]),(Lamb,truth))]
+    for i in range(3):
+        g = torch.randn(600,600)
+        for p,o in zip((*ps,truth), opts): p.grad = g.to(p.dtype); o.step()
+    assert torch.equal(ps[0].isfinite(), ps[1].isfinite()) and torch.equal(ps[0].isnan(), ps[1].isnan())
+    there = truth.isfinite()
+    if not there.any(): return  # 0 times infinity, everywhere, in both
+    off = [(p.double()-truth)[there].abs().max()/truth[there].abs().max() for p in ps]
+    assert off[1] <= max(4*off[0], 1e-6)
