@@ -16,11 +16,8 @@ def print_versions():
     print(f"python {platform.python_version()} on {platform.platform()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for lib in ('fastai','fastcore'): print(lib, version(lib))
-    # where TorchScript does not compile, `compiled` is the plain function
-    if getattr(adam_jit_step.compiled, 'graph', None) is not None: print("TorchScript: steps run compiled")
-    else:
-        print("TorchScript: steps run as plain Python, "
-              "since TorchScript is switched off or does not support this Python")
+    print("TorchScript:", "steps run compiled" if adam_jit_step.is_compiled else
+          "steps run as plain Python, since TorchScript is switched off or does not support this Python")
 
 def device_name(dev):
     if dev.type == 'cpu': return platform.processor() or platform.machine()

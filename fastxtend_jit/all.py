@@ -1,4 +1,4 @@
-"What `from fastxtend_jit.all import *` brings in: eight optimizers, their steps and classes, `jit_opt`, methods of Learner"
+"What `from fastxtend_jit.all import *` brings in: eight optimizers, steps, classes, `jit_opt`, methods of Learner"
 from .optimizer import JitOptimizer,JitLookahead
 from .sgd import *
 from .rmsprop import *

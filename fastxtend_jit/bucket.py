@@ -19,15 +19,15 @@ from .guard import check_state
 from .layout import flat,is_dense,is_plain,local,memory_order
 from .script import JitStep
 
-# %% ../nbs/02_bucket.ipynb #d44bc940
+# %% ../nbs/02_bucket.ipynb #29009242
 batch_size = 2**21  # elements in a batch on a CPU, at most, if the step allocates
 cache_size = 2**17  # elements for each thread, if its core's cache is to hold them until the next kernel
 small_size = 2**12  # elements up to which one thread is faster than two
 
 def elements_at_once(
     elementwise:bool, # May large tensors be cut?
-    passes:int, # How often the step goes through memory
-    allocates:bool # May it allocate a tensor's memory?
+    passes:int=1, # How often the step goes through memory
+    allocates:bool=True # May it allocate a tensor's memory?
 ) -> int:
     "Elements that a batch may have"
     if not elementwise: return batch_size//8
@@ -102,7 +102,7 @@ class Slot:
         if number or t is not None and alike(): self.state[name] = t
         else: self.state[name] = self.made[name] = torch.zeros_like(p) if t is None else torch.empty_like(p).copy_(t)
 
-# %% ../nbs/02_bucket.ipynb #55f36967
+# %% ../nbs/02_bucket.ipynb #ce08a386
 class _Batches:
     "Slots in order, and how lists of their tensors are cut"
     def __init__(self, key, slots, step, most):
@@ -128,7 +128,8 @@ class _Batches:
             else: res.append(ts[b.first:b.last])
         return res
 
-def _written(slot):
+def _data(slot):
+    "The parameter as kernels get it"
     p = slot.param
     return p.data if is_plain(p) or local(p) is not p else p
 
@@ -140,7 +141,7 @@ def _vector(slots, name):
     for s,v in zip(slots, res.unbind()): s.state[name] = s.made[name] = v
     return res
 
-# %% ../nbs/02_bucket.ipynb #491328d1
+# %% ../nbs/02_bucket.ipynb #4633090f
 class Bucket:
     "Parameters that take the same step, cut into batches"
     def __init__(self,
@@ -157,7 +158,7 @@ class Bucket:
         self.restrided = [k for k,s in enumerate(slots) if s.grad_strides and not (key.copied or key.flat)]
         states = tuple(slots[0].state)
         columns = [_vector(slots, n) if n in step.numbers else [s.state[n] for s in slots] for n in states]
-        self.kept = [step.to_script(self.batched(ts)) for ts in ([*map(_written, slots)], *columns)]
+        self.kept = [step.to_script(self.batched(ts)) for ts in ([*map(_data, slots)], *columns)]
         self.over = step.over(states)
 
     def lists(self,

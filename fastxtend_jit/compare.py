@@ -8,7 +8,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/compare.html.md"""
 __all__ = []
 
 # %% ../nbs/20_compare.ipynb #c05f9a38
-import itertools,time
+import itertools
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from fastai.torch_core import get_random_states,set_random_states,to_cpu
 from .check import WholeTable
 from .learner import factories_of
 from .optimizer import JitOptimizer
+from .trace import clock
 
 # %% ../nbs/20_compare.ipynb #8f6a0d25
 @contextmanager
@@ -73,13 +74,11 @@ class _Losses(Callback):
 # %% ../nbs/20_compare.ipynb #d6e91b43
 def _timed(obj, name, device):
     "Time the method `name` of `obj` from now on: a list that gets the seconds of each call"
-    call,wait,seconds = getattr(obj, name),getattr(torch, device.type).synchronize,[]
+    call,now,seconds = getattr(obj, name),clock(device),[]
     def timed(*args, **kwargs):
-        wait()
-        start = time.perf_counter()
+        start = now()
         res = call(*args, **kwargs)
-        wait()
-        seconds.append(time.perf_counter()-start)
+        seconds.append(now()-start)
         return res
     setattr(obj, name, timed)
     return seconds

@@ -48,7 +48,8 @@ def stretch(
 ) -> tuple:
     "Addresses of its first byte and behind its last"
     at = t.data_ptr()
-    return at,at + (sum((n-1)*s for n,s in zip(t.shape, t.stride())) + 1)*t.element_size()
+    cells = t.numel() if t.is_contiguous() else sum((n-1)*s for n,s in zip(t.shape, t.stride())) + 1
+    return at,at + cells*t.element_size()
 
 def _cells(t, memory, start):
     "Those bytes in `memory`, a map of all from address `start` on, that `t` lies in"

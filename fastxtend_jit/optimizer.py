@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from fastcore.foundation import L
 
-from .bucket import Key,batch_size,cut
+from .bucket import Key,cut,elements_at_once
 from .fragments import lookahead
 from .guard import (as_scalar,check_count,check_hypers,check_keys,check_lists,check_loaded,check_state,check_states,
                                  param_names)
 from .layout import find_shared,local
 from .plan import Plan
 from .proof import check_compiled
-from .script import given,jit_step
+from .script import common,given,jit_step
 from .snapshot import Snapshot,same
 
 # %% ../nbs/03_optimizer.ipynb #5d51926d
@@ -33,8 +33,7 @@ with warnings.catch_warnings():  # fastai scripts a layer of its own while it is
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
-# %% ../nbs/03_optimizer.ipynb #a36edb34
-_common = 'lr','mom','wd'  # hypers that fastai sets for any optimizer
+# %% ../nbs/03_optimizer.ipynb #2c77e3f6
 # PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (ATen/native/cuda/ForeachPointwiseOp.cu)
 slow_numbers = tuple(map(int, torch.__version__.split('.')[:2])) < (2,11)
 
@@ -43,14 +42,14 @@ def _sorted_defaults(step, given, defaults):
     defaults = dict(defaults)
     state = tuple(n for n in step.state if n not in step.optional or defaults.pop(n, True))
     consts = {n:defaults.pop(n) for n in step.consts if n in defaults}
-    if unknown := {*defaults} - {*step.hypers, *_common, 'train_bn'}:
+    if unknown := {*defaults} - {*step.hypers, *common, 'train_bn'}:
         takes = [n for n in step.args[2:] if n not in given and (n not in step.state or n in step.optional)]
         raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(unknown))}; it takes {', '.join(takes)}.")
     there = {**step.defaults, **defaults}
     hypers = {n:there[n] for n in step.hypers if n in there and n not in given}
     return state,consts,{**hypers, **defaults}
 
-# %% ../nbs/03_optimizer.ipynb #505ffae2
+# %% ../nbs/03_optimizer.ipynb #e4730ef5
 class _Configured(Optimizer):
     "An `Optimizer` with hypers and constants of a step function in place of callbacks"
     _given    = given  # arguments of a step that the optimizer itself fills in, with their types
@@ -76,8 +75,8 @@ class _Configured(Optimizer):
         self.consts = self._checked_consts(step, consts, decouple_wd)
 
     def _refuse(self, step, n, what):
-        raise TypeError(f"`{step.__name__}` has an argument `{n}`, which is also the name of {what} of "
-                        f"`{type(self).__name__}`: give it another name.")
+        raise TypeError(f"`{n}`, for `{step.__name__}`, is also the name of {what} of `{type(self).__name__}`: "
+                        "give it another name.")
 
     def _checked_consts(self, step, consts, decouple_wd):
         if hasattr(self, 'decouple_wd'): self._refuse(step, 'decouple_wd', 'an attribute')
@@ -102,7 +101,7 @@ class _Configured(Optimizer):
         else: super().__setattr__(n, v)
 
     def _set_hyper(self, k, v):
-        if k not in self.opt_step.hypers and k not in _common:
+        if k not in self.opt_step.hypers and k not in common:
             uses = ', '.join(n for n in self.opt_step.hypers if n not in self._given)
             warnings.warn(f"`{self.opt_step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
         super()._set_hyper(k, v)
@@ -195,22 +194,47 @@ def _own(p, v):
     # a parameter on the CPU may follow its state later: fastai moves a model when training starts
     return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
 
-# %% ../nbs/03_optimizer.ipynb #638b2db8
-def _check_state_dict(opt, sd):
-    "Raise if `sd` cannot be loaded"
-    if not isinstance(sd, dict):
-        raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. "
-                        "Read a file by `torch.load`, or by `learn.load`.")
-    check_keys(sd, 'state', 'hypers')
-    step,names = opt.opt_step,param_names(opt.param_lists)
-    check_states(sd['state'], len(names))
-    check_hypers(sd['hypers'], [n for n in step.hypers if n not in opt._given], len(opt.param_lists))
-    needed = [n for n in (*opt._in_state,'step') if n in step.args]
-    for (p,*_),st,name in zip(opt.all_params(), sd['state'], names):
-        check_loaded(p, st, name, opt.state_names, needed, step.numbers)
+# %% ../nbs/03_optimizer.ipynb #2dfe8208
+class _Saved(_Stepping):
+    "Keeps, forgets, saves and loads state"
+    def clear_state(self):
+        "Forget averages and step counts; keep which parameters take no decay and which are always trained"
+        super().clear_state()
+        self._plan = None
+
+    def load_state_dict(self,
+        sd:dict # State dict of this optimizer or of its fastai counterpart
+    ):
+        "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
+        self._check_state_dict(sd)
+        params = self.all_params().itemgot(0)
+        self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(params, sd['state'])})
+        self.hypers,self._plan = L({**h} for h in sd['hypers']),None
+
+    def _check_state_dict(self, sd):
+        if not isinstance(sd, dict):
+            raise TypeError(f"`load_state_dict` takes a dict, as `opt.state_dict()` gives, but got {sd!r}. "
+                            "Read a file by `torch.load`, or by `learn.load`.")
+        check_keys(sd, 'state', 'hypers')
+        step,names = self.opt_step,param_names(self.param_lists)
+        check_states(sd['state'], len(names))
+        check_hypers(sd['hypers'], [n for n in step.hypers if n not in self._given], len(self.param_lists))
+        needed = [n for n in (*self._in_state,'step') if n in step.args]
+        for (p,*_),st,name in zip(self.all_params(), sd['state'], names):
+            check_loaded(p, st, name, self.state_names, needed, step.numbers)
+
+    # Where the step's state is to be found, in `opt.state`
+    _in_state = property(lambda self: self.state_names)
+    def _get_state(self, i, own, name): return own.get(name)
+    def _state_columns(self, dicts): return {f'state `{n}`': [*map(itemgetter(n), dicts)] for n in self._in_state}
+    def _take_state(self, slot):
+        slot.own.update(slot.made)
+        self.state.setdefault(slot.param, slot.own)
+
+    def __getstate__(self): return {**self.__dict__, 'consts':self.consts and {**self.consts}, '_plan':None, '_snapshot':None}
 
 # %% ../nbs/03_optimizer.ipynb #14f1ed3d
-class JitOptimizer(_Stepping):
+class JitOptimizer(_Saved):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
@@ -232,32 +256,6 @@ class JitOptimizer(_Stepping):
         for g in grads:
             if g.requires_grad: g.detach_()
         for gs in _alike(grads): torch._foreach_zero_(gs)
-
-    def clear_state(self):
-        "Forget averages and step counts; keep which parameters take no decay and which are always trained"
-        super().clear_state()
-        self._plan = None
-
-    def load_state_dict(self,
-        sd:dict # State dict of this optimizer or of its fastai counterpart
-    ):
-        "Load a copy of `sd`, all of it or, with a `ValueError` that says what does not fit, nothing"
-        self._check_state_dict(sd)
-        params = self.all_params().itemgot(0)
-        self.state = defaultdict(dict, {p: {k:_own(p, v) for k,v in st.items()} for p,st in zip(params, sd['state'])})
-        self.hypers,self._plan = L({**h} for h in sd['hypers']),None
-
-    def _check_state_dict(self, sd): _check_state_dict(self, sd)
-
-    # Where the step's state is to be found, in `opt.state`
-    _in_state = property(lambda self: self.state_names)
-    def _get_state(self, i, own, name): return own.get(name)
-    def _state_columns(self, dicts): return {f'state `{n}`': [*map(itemgetter(n), dicts)] for n in self._in_state}
-    def _take_state(self, slot):
-        slot.own.update(slot.made)
-        self.state.setdefault(slot.param, slot.own)
-
-    def __getstate__(self): return {**self.__dict__, 'consts':{**self.consts}, '_plan':None, '_snapshot':None}
 
 # %% ../nbs/03_optimizer.ipynb #7ada6cba
 def _in_groups(ts, groups):
@@ -388,6 +386,6 @@ class JitLookahead(_SavedSlowWeights):
         self.count += 1
 
     def _look_ahead(self, params, slow):
-        most = batch_size//8 if params[0].is_cpu else 1<<62
+        most = elements_at_once(elementwise=False) if params[0].is_cpu else 1<<62
         for b in cut([p.numel() for p in params], most, in_pieces=False):
             lookahead(params[b.first:b.last], slow[b.first:b.last], self.alpha)

@@ -8,7 +8,6 @@ Docs: https://fastxtend.github.io/fastxtend_jit/plan.html.md"""
 __all__ = ['Plan']
 
 # %% ../nbs/02_plan.ipynb #5a2ab0f0
-import torch
 from torch import Tensor
 
 from .bucket import Bucket,Key,Slot,batch_size,small_size

@@ -27,6 +27,7 @@ from .trace import Rehearsal
 # A step from zero is seen whole, in 16 bits too; where norms count, one from elsewhere is needed.
 _shapes = ((((130,),(4,3),(5,)),True),(((130,),),True),(((6,22),),False))
 _picky  = ((((4,3),(3,7),(2,2)),True),(((6,2),),True),(((6,2),),False))  # for steps that refuse those
+_wary   = *((shapes,False) for shapes,_ in _picky),                      # or that refuse zeros
 
 def _batch(step, names, shapes, zero, device, dtype, first):
     "Lists for a trial, of which the first parameter may be zero; no gradient's square vanishes"
@@ -106,7 +107,7 @@ class _Trial:
             if not torch.equal(x.isfinite(), fin): return n
             if fin.any() and not (x-y)[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
 
-# %% ../nbs/02_proof.ipynb #fe8efe2f
+# %% ../nbs/02_proof.ipynb #8b755801
 _bounds = 0.,0.5,1.  # at which formulas change: no decay, no momentum, the whole average
 
 def structure(
@@ -140,7 +141,7 @@ def fused_fault(
     with _lock:
         for k in (key,odd):
             if k in _faults: return _faults[k]
-        fault,tell,tried = _find_fault(*key[:-1], scalars, [n for n in vary if n != 'fused'])
+        fault,tell,tried = _find_fault(*key[:-1], scalars, vary)
         if tried: _faults[odd if fault else key] = fault
         if tell: warnings.warn(f"`{step.__name__}` does without fused kernels on {device} in {str(dtype)[6:]}: "
                                f"{fault}. Its plain form runs there, with the right numbers but more slowly. "
@@ -166,7 +167,7 @@ def _find_fault(step, names, device, dtype, scalars, vary):
     tol,tiny = {torch.float64:1e-11, torch.float32:3e-5}.get(dtype, 8*info.eps),8*info.eps*info.smallest_normal
     compiled,plain = step.over(names),step.over(names, compiled=False)
     with _apart(device):
-        for shapes in (_shapes,_picky):
+        for shapes in (_shapes,_picky,_wary):
             trial = _Trial(step, names, shapes, device, dtype)
             for (s,first),flags in zip(_trials(scalars), cycle(_flags([n for n in vary if n == 'lookahead']))):
                 s |= flags
@@ -195,7 +196,7 @@ def check_compiled(
     if key in _proved or step.compiled is step.fn: return
     cpu,both = torch.device('cpu'),[step.over(state_names, c) for c in (True,False)]
     with _lock,_apart(cpu):
-        for shapes in (_shapes[::2],_picky[::2]):  # in float64 every step is seen
+        for shapes in (_shapes[::2],_picky[::2],_wary[::2]):  # in float64 every step is seen
             trial,flags = _Trial(step, state_names, shapes, cpu, torch.float64),_flags(vary)
             for (s,first),f in islice(zip(cycle(_trials(scalars)), cycle(flags)), max(6, len(flags))):
                 s = {**s, **f}
@@ -209,21 +210,19 @@ def check_compiled(
                         "in as arguments, or single tensors by their methods, such as `add_`.")
             if trial.moved: _proved.add(key); return
 
-# %% ../nbs/02_proof.ipynb #b67ac75e
+# %% ../nbs/02_proof.ipynb #0c8fcb97
 _passes = {}
 
 def _rehearsed(step, names, dtype, scalars, given):
     "Passes of a step, and whether it may allocate a tensor's memory; many and yes if it cannot be taken"
     scalars = {n: given.get(n, v) for n,v in scalars.items()}
     with Rehearsal() as r:
-        # made in here, they may be written to
         lists = _lists(step, names, _shapes[1:2], torch.device('cpu'), dtype, False)
-        r.calls.clear()
-        r.peak = before = sum(n for o,n in r.live.items() if not o.expired())
+        r.restart()
         try: step.over(names, compiled=False)(*lists, *scalars.values())
         except Exception: return 1<<62,True
     fused,others = (sum(k for n,k in r.calls.items() if n.startswith(kind)) for kind in ('_fused_','_foreach_'))
-    return fused+others or 1<<62,others > 0 or r.peak-before >= 130
+    return fused+others or 1<<62,others > 0 or r.peak >= 130
 
 def count_passes(
     step:JitStep, # Step

@@ -7,13 +7,12 @@ Docs: https://fastxtend.github.io/fastxtend_jit/snapshot.html.md"""
 # %% auto #0
 __all__ = ['same', 'WrittenMemory', 'Snapshot']
 
-# %% ../nbs/02_snapshot.ipynb #997acd0d
+# %% ../nbs/02_snapshot.ipynb #8c702ab1
 from bisect import bisect_left
 from itertools import accumulate
 from operator import is_,itemgetter
 from weakref import ref
 
-import torch
 from torch import Tensor
 
 from .layout import find_shared,is_plain,local,stretch
@@ -28,7 +27,7 @@ def same(
 
 def _each(f, ts): return [*map(f, ts)]
 
-# %% ../nbs/02_snapshot.ipynb #a91028b3
+# %% ../nbs/02_snapshot.ipynb #7e4b547a
 class WrittenMemory:
     "The memory that a step writes; raises if parameters and state overlap"
     def __init__(self,
@@ -50,7 +49,7 @@ class WrittenMemory:
         "Raise if one of them lies in this memory"
         near = []  # those whose stretch meets another's
         for name,g in zip(names, grads):
-            start,end = stretch(g) if g.numel() else (0,0)
+            start,end = stretch(g)
             k = bisect_left(self.starts, end)
             if k and self.ends[k-1] > start: near.append((name,g))
         if near and (pair := find_shared(self.tensors, [g for _,g in near])):
@@ -122,7 +121,7 @@ class _Columns:
             n = m
         return True
 
-# %% ../nbs/02_snapshot.ipynb #830dd260
+# %% ../nbs/02_snapshot.ipynb #af5367f7
 def _kinds(grads):
     "What of a gradient can change only with it; a parameter has its gradient's dtype"
     return [g is None or (g.dtype,g.is_neg()) for g in grads]
@@ -136,11 +135,11 @@ class Snapshot:
     ):
         self.plan,self.columns = plan,_Columns(plan)
         self.objects,self.facts = self.columns.objects(opt),self.columns.facts(opt, grads)
+        self.kinds = _kinds(grads)
         self._see(grads, plan.addresses(grads))
 
     def _see(self, grads, addresses):
-        self.kinds,self.grads_at = _kinds(grads),addresses
-        self.grads = [g if g is None else ref(g) for g in grads]
+        self.grads_at,self.grads = addresses,[g if g is None else ref(g) for g in grads]
 
     def matches(self,
         opt, # Optimizer

@@ -85,7 +85,16 @@ class Traffic(Calls):
 # %% ../nbs/05_trace.ipynb #5973e8c5
 class Rehearsal(Calls):
     "Counts calls, but keeps them from writing to what was there before; `peak` is the memory that they take, in bytes"
-    def __init__(self): super().__init__(); self.live,self.peak = {},0
+    def __init__(self): super().__init__(); self.live,self.base,self.peak = {},0,0
+
+    def restart(self):
+        "Count from here on; what was made so far is there, and may be written to"
+        self.calls.clear()
+        self.base,self.peak = self._held(),0
+
+    def _held(self):
+        self.live = {o:n for o,n in self.live.items() if not o.expired()}
+        return sum(self.live.values())
 
     def run(self, name, func, args, kwargs):
         args,kwargs = tree_map_only(torch.Generator, lambda g: g.clone_state(), (args, kwargs))
@@ -100,8 +109,8 @@ class Rehearsal(Calls):
     def _note(self, res):
         "Memory of tensors that are new"
         made = [t.untyped_storage() for t in _tensors(res) if type(t) is Tensor]
-        self.live = {o:n for o,n in self.live.items() if not o.expired()} | {StorageWeakRef(s):s.nbytes() for s in made}
-        self.peak = max(self.peak, sum(self.live.values()))
+        self.live |= {StorageWeakRef(s):s.nbytes() for s in made}
+        self.peak = max(self.peak, self._held()-self.base)
 
 # %% ../nbs/05_trace.ipynb #c168615a
 @contextmanager

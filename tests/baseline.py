@@ -2,7 +2,7 @@
 
 `python -m tests.baseline nbs/performance` measures steps by themselves and in training, with the system's allocator as it
 is (`default`) and told to keep what was freed (`kept`), each in a process of its own, and writes baseline.csv. Linux, CPU."""
-import json,os,resource,subprocess,sys,warnings
+import json,os,resource,subprocess,sys
 from pathlib import Path
 from statistics import median
 

@@ -182,6 +182,9 @@ def in_one_combination(params:List[Tensor], grads:List[Tensor], lr:float, do_wd:
 def only_matrices(params:List[Tensor], grads:List[Tensor], lr:float):
     if params[0].dim() != 2: raise ValueError('matrices')
     torch._foreach_add_([p for p in params], grads, alpha=-lr)
+def no_zeros(params:List[Tensor], grads:List[Tensor], lr:float):
+    if bool((params[0] == 0.).any()): raise ValueError('zero')
+    torch._foreach_add_([p for p in params], grads, alpha=-lr)
 def zeroes_grads(params:List[Tensor], grads:List[Tensor], lr:float):
     torch._foreach_add_(params, grads, alpha=-lr)
     torch._foreach_zero_([g for g in grads])
@@ -216,7 +219,7 @@ def test_lookahead_is_proved_before_it_comes():
     for _ in range(3): opt.param_lists[0][0].grad = torch.ones(2); opt.step()
     assert opt.param_lists[0][0].tolist() == pytest.approx([0.85]*2)
 
-@pytest.mark.parametrize('step', [in_one_combination,only_matrices,zeroes_grads], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('step', [in_one_combination,only_matrices,no_zeros,zeroes_grads], ids=lambda f: f.__name__)
 def test_drops_in_odd_places(step):
     with pytest.raises(RuntimeError, match='in-place call on a list'): JitOptimizer([nn.Parameter(torch.ones(2,2))], step, lr=0.1)
 
