@@ -42,7 +42,8 @@ def larc_jit_step(
     # as in fastai, `wd` counts here also where `do_wd` is off
     p_norm,g_norm = norms(params, flat),norms(grads, flat)
     trust = p_norm.mul(lr*trust_coeff).div_(p_norm.mul(wd).add_(g_norm).add_(eps))
-    local_lr.copy_(torch.fmin(trust, torch.full_like(trust, lr)) if clip else trust)  # of NaN, `lr`
+    if clip: trust.masked_fill_(trust.lt(lr).logical_not_(), lr)  # also where it is NaN
+    local_lr.copy_(trust)
 
     descend(params, grads, grad_avg, mom=mom, lrs=local_lr, fused=fused, flat=flat, slow_numbers=slow_numbers)
 

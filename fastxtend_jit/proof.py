@@ -135,7 +135,8 @@ def fused_fault(
 ) -> str:
     "Why the fused form of `step` is not to be used, empty if it takes the plain form's steps. Tried once"
     if 'fused' not in step.args: return 'the step has no fused form'
-    key = step,state_names,device,dtype,structure(step, scalars, vary)
+    kind = structure(step, scalars, vary),scalars.get('flat'),scalars.get('slow_numbers')
+    key = step,state_names,device,dtype,kind
     # a fault may come from odd hypers, and holds for these alone
     odd = *key,tuple(v for n,v in scalars.items() if step.scalars[n] is float and n not in ('lr','mom'))
     with _lock:
