@@ -1,4 +1,4 @@
-"What `from fastxtend_jit.all import *` brings in: eight optimizers, steps, classes, `jit_opt`, methods of Learner"
+"What `from fastxtend_jit.all import *` brings in: the optimizers, their steps, classes, `jit_opt`, methods of Learner"
 from .optimizer import JitOptimizer,JitLookahead
 from .sgd import *
 from .rmsprop import *
@@ -8,6 +8,9 @@ from .qhadam import *
 from .larc import *
 from .lamb import *
 from .ranger import *
+from .lion import *
+from .adan import *
+from .stableadam import *
 from .learner import jit_opt
 from .compare import *
 from .explain import *

@@ -66,7 +66,7 @@ _lr,_wd = 1e-6,0.01
 @dataclass
 class Row:
     "An optimizer to measure: fastai's, ours, and those with the same maths elsewhere"
-    native:Callable # fastai's factory
+    native:Callable # fastai's factory, `None` if fastai does not have it
     jit:Callable # Ours
     kw:dict=field(default_factory=dict) # Arguments of both
     torch:Callable=None # The one in `torch.optim`, with its arguments
@@ -91,8 +91,11 @@ class Row:
             makers['torch for-loop'] = partial(self.torch, **dict.fromkeys(flags, False))
         if self.optimi and importlib.util.find_spec('optimi'):
             import optimi
-            makers['optimi'] = partial(getattr(optimi, self.optimi[0]), weight_decay=_wd, **self.optimi[1])
-        res = {'fastai': self.make(params, False), 'ours': self.make(params, True), PLAIN: self.make(params, True)}
+            own = {} if params[0].is_cuda else dict(triton=False)  # which optimi 0.3 would take on a CPU, too
+            for n,kw in {'optimi':own, 'optimi foreach':dict(foreach=True)}.items():
+                makers[n] = partial(getattr(optimi, self.optimi[0]), weight_decay=_wd, **self.optimi[1], **kw)
+        res = {'fastai': self.make(params, False)} if self.native else {}
+        res |= {n: self.make(params, True) for n in ('ours',PLAIN)}
         res[PLAIN].opt_step = _plain(res[PLAIN].opt_step)
         for n,f in makers.items():
             try: res[n] = OptimWrapper(params, f, lr=_lr)
@@ -115,8 +118,11 @@ rows = {
     'larc':    Row(Larc, larc_jit),
     'lamb':    Row(Lamb, lamb_jit),
     'ranger':  Row(ranger, ranger_jit, {}, optimi=('Ranger', dict(**_rbetas)), warmup=8),
+    'lion':    Row(None, lion_jit, optimi=('Lion', _betas)),
+    'adan':    Row(None, adan_jit, optimi=('Adan', dict(betas=(0.98,0.92,0.99)))),
+    'stableadam': Row(None, stableadam_jit, optimi=('StableAdamW', _betas)),
 }
-eight = [n for n in rows if n not in variants]
+eight = [n for n,row in rows.items() if row.native and n not in variants]
 
 # %% ../nbs/30_bench.ipynb #972a650c
 class Timing(NamedTuple):
@@ -328,8 +334,9 @@ def _measure(name, optimizers, parts, device, seconds, channels_last):
             d = time_cell(rows[o], params, limit, seconds)
             t = compare(d)
             peer = f"  {t['vs_peer']:5.2f}x {t['best_peer']}" if t['best_peer'] else ''
-            yield ('cells', dict(model=name, optimizer=o, **d), f"{name:10} {o:8} {t['ours_ms']:8.3f} ms  "
-                   f"{t['vs_fastai']:5.2f}x fastai  {t['of_limit']:4.2f} of the limit{peer}")
+            fastai = f"{t['vs_fastai']:5.2f}x fastai  " if rows[o].native else ''
+            yield ('cells', dict(model=name, optimizer=o, **d), f"{name:10} {o:10} {t['ours_ms']:8.3f} ms  "
+                   f"{fastai}{t['of_limit']:4.2f} of the limit{peer}")
             gc.collect()
         del limit
     if 'training' in parts:
@@ -360,7 +367,7 @@ def _pick(what, names):
 @call_parse
 def main(
     models:str='all', # Models: some of many_small,tabular,xresnet18,xresnet50,vit_b_16
-    optimizers:str='all', # Optimizers: some of sgd,sgd_l2,rmsprop,adam,radam,qhadam,larc,lamb,ranger
+    optimizers:str='all', # Optimizers: some of sgd,sgd_l2,rmsprop,adam,radam,qhadam,larc,lamb,ranger,lion,adan,stableadam
     device:str='cpu', # Device: cpu, cuda, cuda:1, …
     seconds:float=3., # Seconds to time each cell for, at least
     threads:int=0, # Threads of PyTorch; 0 for as many as it takes by itself

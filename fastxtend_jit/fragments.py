@@ -11,7 +11,7 @@ __all__ = ['scale_', 'weight_decay', 'average_grad', 'average_sqr_grad', 'debias
 
 # %% ../nbs/01_fragments.ipynb #a562d3d9
 import math
-from typing import List,Optional
+from typing import List,Optional,Union
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def debias(
 ) -> float:
     "Share of its final size that a moving average with dampening has reached; raises if that is 0"
     share = 1 - mom**step
-    if share == 0.: raise ZeroDivisionError("`mom` and `sqr_mom` must not be 1, or -1 at an even step: "
+    if share == 0.: raise ZeroDivisionError("`mom`, `sqr_mom` and the like must not be 1, or -1 at an even step: "
                                             "their average would stay zero and cannot be debiased.")
     return share
 
@@ -232,12 +232,20 @@ def sum_of_squares(
 
 def norms(
     xs:List[Tensor], # Tensors of any shape
-    flat:bool=False # Are they dense, in a CPU's memory?
+    flat:bool=False, # Are they dense, in a CPU's memory?
+    mean:bool=False # Roots of the mean square instead?
 ) -> Tensor:
     "L2 norm of each tensor, as one vector on the device; of 16 bits in a CPU's memory in float32, which squares need"
-    if not xs[0].is_cpu: return torch.stack(torch._foreach_norm(xs))
+    if not xs[0].is_cpu:
+        res = torch._foreach_norm(xs)
+        if mean:
+            roots:List[Union[int,float,complex]] = [math.sqrt(x.numel()) for x in xs]  # TorchScript's name of a number
+            res = torch._foreach_div(res, roots)
+        return torch.stack(res)
     if xs[0].dtype == torch.bfloat16 or xs[0].dtype == torch.float16: xs = [x.float() for x in xs]
-    return torch.stack([sum_of_squares(x) if flat else x.pow(2).sum() for x in xs]).sqrt()
+    sums = [sum_of_squares(x) if flat else x.pow(2).sum() for x in xs]
+    if mean: sums = [s/xs[i].numel() for i,s in enumerate(sums)]
+    return torch.stack(sums).sqrt()
 
 # %% ../nbs/01_fragments.ipynb #b20751a6
 def spread(

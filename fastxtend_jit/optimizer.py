@@ -22,7 +22,7 @@ from .bucket import Key,cut,elements_at_once
 from .fragments import lookahead
 from .guard import (as_scalar,check_count,check_hypers,check_keys,check_lists,check_loaded,check_state,check_states,
                                  param_names)
-from .layout import find_shared,local
+from .layout import find_shared,flat,is_dense,local,memory_order
 from .plan import Plan
 from .proof import check_compiled
 from .script import common,given,jit_step
@@ -59,12 +59,12 @@ class _Configured(Optimizer):
         if not len(params):
             raise ValueError("The optimizer got no parameters: pass `model.parameters()`, "
                              "or a list of lists of parameters.")
+        self.opt_step = step
         for n in step.args[2:]:
             if n in self._reserved: self._refuse(step, n, 'an argument')
         step.check_given(self._given)
         self.state_names,consts,hypers = _sorted_defaults(step, self._given, defaults)
         no_effect = {n:hypers.pop(n) for n in ['train_bn'] if n in hypers and n not in step.hypers}  # as fastai says
-        self.opt_step = step
         super().__init__(params, [], **no_effect)
         for i,pg in enumerate(self.param_lists):
             for p in pg:
@@ -339,53 +339,75 @@ class _SavedSlowWeights(_SlowWeights):
             check_loaded(p, {'slow_weights':t}, name, ['slow_weights'])
 
 # %% ../nbs/03_optimizer.ipynb #2efcb9f2
+_ahead = dict(alpha=float, lookahead=bool)  # what a step that looks ahead itself gets, with `slow_weights`
+
+def _parts(opt, step, defaults):
+    "Parameters, step, `decouple_wd` and the other arguments that make an optimizer like `opt`"
+    if step is not None or defaults: raise TypeError("`JitLookahead` takes an optimizer as it is: give it no step and no "
+                                                     "hypers besides.")
+    if isinstance(opt, JitLookahead): raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
+    has,consts = {n: n in opt.state_names for n in opt.opt_step.optional},{**opt.consts}
+    hypers = {n: [h[n] for h in opt.hypers] for n in opt.hypers[0]}
+    return opt.param_lists,opt.opt_step,consts.pop('decouple_wd'),{**has, **consts, **hypers}
+
+def _look_ahead(params, slow, alpha):
+    "Lookahead's interpolation for tensors of one device and dtype"
+    most = elements_at_once(elementwise=True, passes=3) if params[0].is_cpu else 1<<62
+    for b in cut([p.numel() for p in params], most, in_pieces=True):
+        pair = params[b.first:b.last],slow[b.first:b.last]
+        alike = b.piece and all(is_dense(*ts) for ts in pair) and len({memory_order(*ts) for ts in pair}) == 1
+        parts = zip(*([[x] for x in flat(*ts).split(b.piece)] for ts in pair)) if alike else [pair]
+        for fast,to in parts: lookahead(fast, to, alpha)
+
 class JitLookahead(_SavedSlowWeights):
-    "A `JitOptimizer` with slow weights, for steps that end in a lookahead (https://arxiv.org/abs/1907.08610)"
-    _given    = {**JitOptimizer._given, 'alpha':float, 'lookahead':bool}
-    _reserved = *JitOptimizer._reserved,'k'
+    "A `JitOptimizer` with slow weights, to which the fast ones return every few steps (https://arxiv.org/abs/1907.08610)"
+    _in_step   = property(lambda self: 'slow_weights' in self.opt_step.args)  # does the step itself look ahead?
+    _given     = property(lambda self: given | (_ahead if self._in_step else {}))
+    _reserved  = property(lambda self: (*JitOptimizer._reserved, 'k', *(() if self._in_step else ['alpha'])))
     _entangled = False  # does a parameter without a step share memory with another?
     def __init__(self,
-        params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
-        opt_step:Callable, # Step function with the arguments `slow_weights`, `alpha` and `lookahead`
+        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or an optimizer to go on from, in fastai's way
+        opt_step:Callable=None, # Step function; one with `slow_weights` has `alpha` and `lookahead`, and looks ahead itself
         decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
         k:int=6, # How often to conduct Lookahead step, at least 1
         alpha:float=0.5, # Slow weight moving average coefficient
         **defaults # As in `JitOptimizer`
     ):
+        opt = params if isinstance(params, JitOptimizer) else None
+        if opt: params,opt_step,decouple_wd,defaults = _parts(opt, opt_step, defaults)
         step = jit_step(opt_step)
-        if lost := {'slow_weights','alpha','lookahead'} - {*step.args}:
+        if 'slow_weights' in step.args and (lost := {*_ahead} - {*step.args}):
             raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
         self.k,self.alpha = as_scalar(k, int, "`k`"),as_scalar(alpha, float, "`alpha`")
         if self.k < 1:
             raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
         super().__init__(params, step, decouple_wd, **defaults)
+        if opt: self.state,self.frozen_idx = opt.state,opt.frozen_idx
 
     def _is_kth(self): return (self.count+1) % as_scalar(self.k, int, "`k`") == 0
 
     def _filled(self, key, taken, fused):
-        lookahead = self._is_kth() and not self._entangled
-        return {**super()._filled(key, taken, fused), 'alpha':self.alpha, 'lookahead':lookahead}
+        ahead = dict(alpha=self.alpha, lookahead=self._is_kth() and not self._entangled) if self._in_step else {}
+        return {**super()._filled(key, taken, fused), **ahead}
+
+    def _left(self, plan):
+        "Positions of parameters whose step does no lookahead"
+        return plan.without_step if self._in_step and not self._entangled else range(len(plan.params))
 
     def _scalars_of(self, plan):
         # fastai looks ahead parameter by parameter. That matters if one that takes no step shares memory with another
         shared = lambda: find_shared([*map(local, plan.params)]) is not None
         self._entangled = self._is_kth() and bool(plan.without_step) and shared()
         if self._is_kth():
-            for i in plan.without_step: check_state(plan.params[i], self._slow[i], 'slow_weights', plan.names[i])
+            for i in self._left(plan): check_state(plan.params[i], self._slow[i], 'slow_weights', plan.names[i])
         return super()._scalars_of(plan)
 
     def _finish(self, plan):
         "A lookahead, if it is time for one, of parameters whose step did none; and one more step to count"
         if self._is_kth():
             kinds = {}
-            for i in range(len(plan.params)) if self._entangled else plan.without_step:
+            for i in self._left(plan):
                 p = plan.params[i]
                 kinds.setdefault(i if self._entangled else (p.device,p.dtype), []).append(i)
-            for at in kinds.values():
-                self._look_ahead(*([local(ts[i]) for i in at] for ts in (plan.params,self._slow)))
+            for at in kinds.values(): _look_ahead(*([local(ts[i]) for i in at] for ts in (plan.params,self._slow)), self.alpha)
         self.count += 1
-
-    def _look_ahead(self, params, slow):
-        most = elements_at_once(elementwise=False) if params[0].is_cpu else 1<<62
-        for b in cut([p.numel() for p in params], most, in_pieces=False):
-            lookahead(params[b.first:b.last], slow[b.first:b.last], self.alpha)

@@ -83,17 +83,18 @@ def compare(
 ) -> dict:
     "Ours against the others"
     cell = cell.set_index('contestant')
-    ours,fastai,ms = cell.loc['ours'],cell.loc['fastai'],cell.step_ms
-    peers,torchs = ms.drop(['ours','fastai',PLAIN], errors='ignore'),ms[ms.index.str.startswith('torch')]
+    ours,fastai,ms = cell.loc['ours'],cell.reindex(['fastai']).iloc[0],cell.step_ms
+    peers = ms.drop(['ours','fastai',PLAIN], errors='ignore')
+    torchs,optimis = (ms[ms.index.str.startswith(n)] for n in ('torch','optimi'))
     return dict(
         fastai_ms=fastai.step_ms, fastai_lower=fastai.get('step_lower'), fastai_upper=fastai.get('step_upper'),
         ours_ms=ours.step_ms, ours_lower=ours.get('step_lower'), ours_upper=ours.get('step_upper'),
         vs_fastai=fastai.step_ms/ours.step_ms, vs_plain=ms.get(PLAIN, np.nan)/ours.step_ms,
         best_peer=peers.idxmin() if len(peers) else '', vs_peer=peers.min()/ours.step_ms,
-        vs_torch=torchs.min()/ours.step_ms, of_limit=ours.limit_ms/ours.step_ms,
+        vs_torch=torchs.min()/ours.step_ms, vs_optimi=optimis.min()/ours.step_ms, of_limit=ours.limit_ms/ours.step_ms,
         zero_grad_ms=ours.zero_grad_ms, zero_grad_vs_fastai=fastai.zero_grad_ms/ours.zero_grad_ms,
         extra_mb=round(ours.extra_mb, 2), fastai_extra_mb=round(fastai.extra_mb, 2),
-        calls=int(ours.aten_calls), fastai_calls=int(fastai.aten_calls))
+        calls=int(ours.aten_calls), fastai_calls=pd.NA if np.isnan(fastai.aten_calls) else int(fastai.aten_calls))
 
 _key = ['model','optimizer']
 
@@ -136,7 +137,7 @@ def markdown(
 @patch
 def speeds(self:Report) -> pd.DataFrame:
     "How many times as fast as fastai: optimizers by models, and the geometric mean of each model"
-    t = self.table().vs_fastai
+    t = self.table().vs_fastai.dropna()
     t = t.unstack('model').reindex(index=t.index.unique('optimizer'), columns=t.index.unique('model'))
     if len(own := t.drop(index=[*variants], errors='ignore')): t.loc['geometric mean'] = own.apply(geometric_mean)
     return t.map('{:.1f}x'.format)
@@ -144,7 +145,7 @@ def speeds(self:Report) -> pd.DataFrame:
 @patch
 def summary(self:Report) -> str:
     "What it amounts to, and on which machine, in sentences"
-    t = self.table().vs_fastai
+    t = self.table().vs_fastai.dropna()
     own = t[~t.index.isin(variants, level='optimizer')]
     res = f"A step is {t.min():.1f} to {t.max():.1f} times as fast as fastai's"
     if len(own): res += f", {geometric_mean(own):.1f} times in the geometric mean of the eight optimizers"
@@ -161,34 +162,63 @@ def __repr__(self:Report): return f'<Report: {self.where()}>'
 def _repr_markdown_(self:Report): return f'{self.summary()}\n\n{markdown(self.speeds())}'  # how a notebook shows it
 
 # %% ../nbs/30_report.ipynb #e6484706
+_marks = {'vs_torch':('best of torch.optim','D','#555555'), 'vs_optimi':('optimi','^','#d98200'), None:('fastxtend_jit','o','#1f6fb4')}
+
+def _value(ax, x, y, color, below=False):
+    "Write a value beside its mark"
+    xy,ha,va = ((0,-5),'center','top') if below else ((7,0),'left','center')
+    ax.annotate(f'{x:.1f}x' if below else f'{x:.2f}x' if x < 2 else f'{x:.1f}x', (x,y), xytext=xy, textcoords='offset points', ha=ha, va=va,
+                color=color, fontsize=6.5 if below else 8.5, fontweight='normal' if below else 'bold')
+
+def _plot_model(ax, d):
+    "Marks of all contestants of one model, a row an optimizer"
+    y = np.arange(len(d))
+    for column,(label,marker,color) in _marks.items():
+        x = d.vs_fastai/d[column] if column else d.vs_fastai
+        ax.plot(x, y, marker, color=color, ms=5 if column else 6.5, label=label)
+        for a,b in zip(x, y):
+            if a == a: _value(ax, a, b, color, bool(column))
+    ax.hlines(y, d.fastai_ms/d.ours_upper.astype(float), d.fastai_ms/d.ours_lower.astype(float), color='#1f6fb4', lw=1.5)
+
+def _plot_training(ax, d):
+    "Whole training steps, a row a model"
+    y,color = np.arange(len(d)),'#1f6fb4'
+    ax.plot(d.speed, y, 'o', color=color, ms=6.5)
+    for a,b in zip(d.speed, y): _value(ax, a, b, color)
+    ax.set(yticks=y, yticklabels=d.model, title='a whole training step, Adam')
+
+def _dress(ax, n, top):
+    ax.axvline(1, color='black', lw=1)
+    ax.set(xscale='log', ylim=(n-0.4,-0.6), xlim=(0.8,1.6*top))
+    ticks = [x for x in (1,1.5,2,3,5,10,20,50) if x <= 1.3*top and (top < 3 or x != 1.5)]
+    ax.set_xticks(ticks, [f'{x:g}x' for x in ticks])
+    ax.set_xticks([], minor=True)
+    ax.grid(axis='y', alpha=0.3)
+    ax.spines[['top','right','left']].set_visible(False)
+    ax.tick_params(axis='y', length=0)
+
 @patch
-def plot(self:Report):
-    "Speed against fastai, a bar for each optimizer, with a mark where the best `torch.optim` stands"
+def plot(self:Report,
+    models:tuple=('tabular','xresnet50','vit_b_16') # Those to show, if they were measured; if none was, all that were
+):
+    "Speed beside fastai's: a mark for each contestant, with the quartiles of ours"
     from matplotlib.figure import Figure
-    t = self.table()
-    t['torch'] = t.vs_fastai/t.vs_torch  # `torch.optim` against fastai
-    names,opts = t.index.unique('model'),t.index.unique('optimizer')
-    low,top = min(1, t[['vs_fastai','torch']].min().min()),t[['vs_fastai','torch']].max().max()
-    ticks = [x for x in (0.1,0.2,0.5,1,2,5,10,20,50,100) if low <= x <= 1.5*top]
-    fig = Figure(figsize=(3+2.2*len(names), 2+0.34*len(opts)), layout='constrained')
-    axs = fig.subplots(1, len(names), sharey=True, sharex=True, squeeze=False)[0]
+    t = self.table(quartiles=True).dropna(subset=['vs_fastai'])
+    found = t.index.unique('model')
+    names,opts = [m for m in models if m in found] or [*found],t.index.unique('optimizer')
+    training = _over_runs(self.training, 'model') if len(self.training) else None
+    n = len(names) + (training is not None)
+    fig = Figure(figsize=(1.2+2.6*n, 1.5+0.46*len(opts)), layout='constrained')
+    axs,shown = fig.subplots(1, n, squeeze=False)[0],t[t.index.isin(names, level='model')]
+    top = shown.vs_fastai.max()
     for ax,m in zip(axs, names):
-        d,y = t.loc[m].reindex(opts),np.arange(len(opts))
-        ax.barh(y, d.vs_fastai-1, left=1, color=np.where(d.vs_fastai < 1, '#c0504d', '#2a7fb8'), height=0.7)
-        ax.plot(d.torch, y, 'D', color='black', ms=5)
-        at = dict(xycoords=('axes fraction','data'), ha='right', va='center', fontsize=9)
-        for i,v in enumerate(d.vs_fastai): ax.annotate(f'{v:.1f}x', (1,i), **at)
-        ax.axvline(1, color='black', lw=1)
-        ax.set(xscale='log', title=m, yticks=y, yticklabels=opts, xlim=(0.9*low,3*top))
-        ax.set_xticks(ticks, [f'{x:g}x' for x in ticks])
-        ax.set_xticks([], minor=True)
-        ax.grid(axis='x', alpha=0.3)
-        ax.spines[['top','right','left']].set_visible(False)
-        ax.tick_params(axis='y', length=0)
-    axs[0].invert_yaxis()
-    fig.suptitle("How many times as fast as fastai's is an optimizer step?\n"
-                 "Bar: fastxtend_jit.  ◆ The best of torch.optim, where it has the same maths", fontsize=11)
-    fig.supxlabel(self.where(), fontsize=7)
+        _plot_model(ax, shown.loc[m].reindex(opts))
+        _dress(ax, len(opts), top)
+        ax.set(title=f'an optimizer step, {m}', yticks=range(len(opts)), yticklabels=opts if ax is axs[0] else [])
+    if training is not None: _plot_training(axs[-1], training); _dress(axs[-1], len(training), training.speed.max())
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
+    on = 'CPU' if self.machine['device'] == 'cpu' else self.machine['gpu']
+    fig.suptitle(f"How many times as fast as fastai (line at 1x, logarithmic scale): {on}, {self.machine['cores']} cores")
     return fig
 
 # %% ../nbs/30_report.ipynb #981c8d1a

@@ -1,4 +1,4 @@
-"The table of optimizers under test, and the runner that trains fastai's and ours side by side"
+"The table of optimizers under test, and the runner that trains the reference and ours side by side"
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fastxtend_jit.all import *
-from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,ranger
+from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,Lookahead,ranger
+from tests.references import adan,lion,stableadam
 
 @dataclass
 class Case:
@@ -15,9 +16,20 @@ class Case:
     native:Callable; jit:Callable; kw:dict
     def __str__(self): return '-'.join([self.jit.__name__, *(f'{k}={v}' for k,v in self.kw.items())])
     def make(self, params, jit, **kw): return (self.jit if jit else self.native)(params, **{'lr':0.01, **self.kw, **kw})
+    @property
+    def step(self): return self.make([torch.zeros(1)], True).opt_step
+
+@dataclass(frozen=True)
+class Ahead:
+    "A factory of `cls`, which looks ahead, around the optimizers of `factory`"
+    cls:type; factory:Callable
+    @property
+    def __name__(self): return f'{self.cls.__name__}({self.factory.__name__})'
+    def __call__(self, params, k=6, alpha=0.5, **kw): return self.cls(self.factory(params, **kw), k=k, alpha=alpha)
 
 PAIRS = [(SGD,sgd_jit), (RMSProp,rmsprop_jit), (Adam,adam_jit), (RAdam,radam_jit), (QHAdam,qhadam_jit), (Larc,larc_jit), (Lamb,lamb_jit),
          (ranger,ranger_jit)]
+OTHERS = [(lion,lion_jit), (adan,adan_jit), (stableadam,stableadam_jit)]  # of which fastai has none
 VARIANTS = {
     sgd_jit:     [dict(mom=m) for m in (0.,0.9)],
     rmsprop_jit: [dict(mom=m) for m in (0.,0.9)],
@@ -27,10 +39,18 @@ VARIANTS = {
     larc_jit:    [dict(mom=m, clip=c) for m in (0.,0.9) for c in (True,False)],
     lamb_jit:    [{}],
     ranger_jit:  [{}, dict(k=3, alpha=0.3), dict(beta=20., k=2, alpha=1.)],
+    lion_jit:    [{}, dict(avg_mom=0.5)],
+    adan_jit:    [{}],
+    stableadam_jit: [{}],
 }
-CASES  = [Case(n, j, {**kw, 'wd':0.01, 'decouple_wd':d}) for n,j in PAIRS for kw in VARIANTS[j] for d in (True,False)]
+def _cases(pairs): return [Case(n, j, {**kw, 'wd':0.01, 'decouple_wd':d}) for n,j in pairs for kw in VARIANTS[j] for d in (True,False)]
+NATIVE = _cases(PAIRS)  # all forms that fastai has
+CASES  = NATIVE + _cases(OTHERS)
 # One of each, in the form that has most state
 EIGHT  = [Case(n, j, dict(wd=0.01, **({'mom':0.9} if j in (sgd_jit,rmsprop_jit) else {}))) for n,j in PAIRS]
+ALL    = EIGHT + [Case(n, j, dict(wd=0.01)) for n,j in OTHERS]
+AHEAD  = [Case(Ahead(Lookahead, c.native), Ahead(JitLookahead, c.jit), {**c.kw, 'k':3}) for c in ALL if c.jit is not ranger_jit]
+TWO_AHEAD = [c for c in AHEAD if c.jit.factory in (adam_jit,lamb_jit)]  # an elementwise one and one with norms
 DEVICES = ['cpu','cuda']
 
 # Relative to the largest element of a tensor

@@ -162,7 +162,7 @@ def main(path):
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))  # if one process fails, the other waits in vain
     res = {}
     for f in CHECKS:
-        for c in EIGHT:
+        for c in ALL+AHEAD:
             wrong,both = '',[None,None]
             try: f(c)
             except Exception:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings(f) for f in (
     'ignore:You are shadowing an attribute',         # fastai's GANs
     'ignore:The given NumPy array is not writable',  # fastai's tabular data
     'ignore:grad and param do not obey')]            # what `data_replaced` is about
-eight = pytest.mark.parametrize('case', EIGHT, ids=str)
+every = pytest.mark.parametrize('case', ALL, ids=str)
 
 SCENARIOS = {}
 def scenario(f=None, make=vision, **kw):
@@ -319,14 +319,14 @@ def same(ours, native, tol=1e-9):
 # One-cycle schedules `mom`, also for optimizers that have none
 no_mom = [('fit_one_cycle',c) for c in CASES if c.kw.get('mom') == 0.]
 
-@pytest.mark.parametrize('name,case', [(n,c) for n in SCENARIOS for c in EIGHT] + no_mom, ids=str)
+@pytest.mark.parametrize('name,case', [(n,c) for n in SCENARIOS for c in ALL+TWO_AHEAD] + no_mom, ids=str)
 def test_contract(case, name, dev, tmp_path):
     (native,more),(ours,our_more) = [train(case, jit, name, dev, tmp_path) for jit in (False,True)]
     same(ours, native)
     if isinstance(more, Learner): same(our_more, more)
     else: assert our_more == more
 
-@eight
+@every
 @pytest.mark.parametrize('to', [torch.float64,'cuda'], ids=str)
 def test_model_to(case, to, tmp_path):
     "State that no longer fits is an error before anything changes (fastai goes on, with averages in the old dtype), and `clear_state` mends it"
@@ -353,7 +353,7 @@ def test_model_to(case, to, tmp_path):
         learn.fit(1, 0.02)
     same(ours, native)
 
-@eight
+@every
 def test_zero_grad(case, dev, tmp_path):
     "In place, in one call per bucket, and never `None`"
     learn = vision(partial(case.jit, **case.kw), tmp_path, dev)
@@ -371,7 +371,7 @@ def test_zero_grad(case, dev, tmp_path):
     learn.opt.zero_grad()
     assert ps[1].grad is graph and not graph.requires_grad and not graph.any()
 
-@eight
+@every
 def test_pickle(case):
     "Factories, partials of them, and an optimizer with its parameters"
     assert pickle.loads(pickle.dumps(case.jit)) is case.jit
@@ -384,7 +384,7 @@ def test_pickle(case):
     close(opts[1].param_lists[0][0], opts[0].param_lists[0][0], 0)
     same_state(*opts, 0)
 
-@eight
+@every
 def test_summary(case, tmp_path):
     opt_func,native = [vision(partial(f, **case.kw), tmp_path, net=float32_net) for f in (case.jit,case.native)]
     text = lambda l: (l.create_opt(), l.freeze(), [s for s in str(l.summary()).splitlines() if not s.startswith('Optimizer used')])[-1]

@@ -19,7 +19,7 @@ def fake_cuda(request):
     with pytorch(fused=request.param == 'fused'),FakeTensorMode(): yield
 
 paths = pytest.mark.parametrize('fake_cuda', ['fused','foreach'], indirect=True)
-both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in EIGHT)], ids=str, indirect=['fake_cuda'])
+both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in ALL)], ids=str, indirect=['fake_cuda'])
 
 def count(opt, steps=1, device='cuda'):
     "Calls and waits of the next `steps` steps, with other hypers at each"
@@ -31,8 +31,8 @@ def count(opt, steps=1, device='cuda'):
     return res
 
 def per_tensor(case):
-    "Calls that a step needs for each tensor: LAMB's scratch, which is empty memory"
-    return case.jit is lamb_jit
+    "Calls that a step needs for each tensor: LAMB's and StableAdamW's scratch, which is empty memory"
+    return case.jit in (lamb_jit,stableadam_jit)
 
 @both
 def test_calls(case, fake_cuda):
@@ -42,7 +42,7 @@ def test_calls(case, fake_cuda):
     for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= 25 + 2*per_tensor(case)
     if case.jit in (radam_jit,ranger_jit): assert len({*few}) > 1  # it went through its phases
 
-@pytest.mark.parametrize('case', EIGHT, ids=str)
+@pytest.mark.parametrize('case', ALL, ids=str)
 @paths
 def test_buckets(case, fake_cuda):
     "Parameters without decay, as a Learner's batchnorms, are one call more"
@@ -119,7 +119,7 @@ def test_rest_lookahead(fake_cuda):
 @pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
 def test_strides_of_size_1(gen, fake_cuda):
     "A gradient whose strides differ in such dimensions alone is viewed with its parameter's, which costs nothing"
-    for case in EIGHT:
+    for case in ALL:
         p = nn.Parameter(torch.empty(8, 1, 1, 1, device='cuda'))
         p.grad = torch.empty_strided((8,1,1,1), (1,8,8,8), device='cuda')
         opt = case.make([p], True)
@@ -165,7 +165,7 @@ def test_no_kernels_at_run_time(case, monkeypatch):
 def test_table(record_property, fake_cuda):
     "What fastai and ours need for xresnet50, printed below the other results"
     table,names = {},['step 2','step 10','step 12']
-    for case in EIGHT:
+    for case in ALL:
         theirs = launches(case, xresnet_shapes()[:20], 'new', jit=False)
         row = {('fastai, for 20 of them',n):v for n,v in zip(names, theirs)}
         for gen,what in (('old','to 2.10'),('new','from 2.11')):

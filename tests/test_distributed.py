@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 
-from tests.cases import EIGHT
+from tests.cases import AHEAD,ALL
 
 pytest.importorskip('accelerate', reason='needs Accelerate, from the extra `dev`')
 root = Path(__file__).parent.parent
@@ -26,13 +26,13 @@ def wrong(tmp_path_factory):
     torchrun('-m', 'tests.distributed_worker', path)
     return json.loads(path.read_text())
 
-@pytest.mark.parametrize('case', EIGHT, ids=str)
+@pytest.mark.parametrize('case', ALL+AHEAD, ids=str)
 @pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n,m in NAMES.items()])
 def test_two_processes(name, case, wrong):
     "The checks in `distributed_worker.py`: as one process on the same batches"
     assert not wrong[f'{name}-{case}']
 
-def test_nothing_forgotten(wrong): assert {*wrong} <= {f'{n}-{c}' for n in NAMES for c in EIGHT}
+def test_nothing_forgotten(wrong): assert {*wrong} <= {f'{n}-{c}' for n in NAMES for c in ALL+AHEAD}
 
 def test_script(tmp_path):
     "The page's script, as it stands"

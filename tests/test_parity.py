@@ -22,10 +22,14 @@ def dev(request):
     if request.param == 'cuda' and not torch.cuda.is_available(): pytest.skip('there is no GPU')
     return request.param
 
+def slow(opt): return [t for pg in getattr(opt, 'slow_weights', None) or [] for t in pg]
+
 def check(case, tol, **kw):
     native,jit = run(case, **kw)
+    if hasattr(native, 'slow_weights'): assert native.count == jit.count
     for i,(p,q) in enumerate(zip(native.ps, jit.ps)): close(q, p, tol, f'parameter {i}')
     same_state(jit, native, tol)
+    for a,b in zip(slow(jit), slow(native)): close(a, b, tol, 'slow weights')
 
 @cases
 @pytest.mark.parametrize('scenario', SCENARIOS)
@@ -61,10 +65,17 @@ def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on Apple's mps; without TorchScript, as on Python 3.14; and cut into many small batches"
     if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'none')
     if 'uncompiled' in path:
-        step = globals()[case.jit.__name__+'_step']
+        step = case.step
         monkeypatch.setitem(vars(step), 'compiled', step.fn)
     if 'small' in path: monkeypatch.setattr(bucket, 'batch_size', 100)
     for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()): check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
+
+@pytest.mark.parametrize('case', AHEAD, ids=str)
+@pytest.mark.parametrize('scenario', SCENARIOS)
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+def test_lookahead(case, scenario, dtype, dev):
+    "fastai's `Lookahead` around any"
+    check(case, TOL[dtype], dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @pytest.mark.parametrize('native,jit', PAIRS, ids=lambda f: f.__name__)
 def test_signature(native, jit):
@@ -75,5 +86,24 @@ def test_signature(native, jit):
 def test_all():
     scope = {}
     exec('from fastxtend_jit.all import *', scope)
-    names = [j.__name__ for _,j in PAIRS]
+    names = [j.__name__ for _,j in PAIRS+OTHERS]
     assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), 'JitOptimizer', 'JitLookahead', 'jit_opt'}
+
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('steps', [25,200])
+@pytest.mark.parametrize('jit,other,hypers', [(lion_jit,'Lion',dict(betas=(0.9,0.99))), (adan_jit,'Adan',dict(betas=(0.98,0.92,0.99), eps=1e-6)),
+                                              (stableadam_jit,'StableAdamW',dict(betas=(0.9,0.99), eps=1e-6))],
+                         ids=lambda o: getattr(o, '__name__', ''))
+def test_optimi(jit, other, hypers, steps, dtype, dev):
+    "Optimizers that fastai has not, beside another implementation: defaults, a schedule, a gradient that jumps"
+    optimi = pytest.importorskip('optimi')
+    torch.manual_seed(0)
+    start = [torch.randn(s, device=dev, dtype=dtype) for s in SHAPES]
+    ours,theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    opt,ref = jit(ours, lr=0.01, wd=0.1),getattr(optimi, other)(theirs, lr=0.01, weight_decay=0.1, triton=False, **hypers)
+    for i in range(steps):
+        opt.set_hyper('lr', 0.01*(1 - i/steps))
+        ref.param_groups[0]['lr'] = 0.01*(1 - i/steps)
+        for p,q in zip(ours, theirs): p.grad = torch.randn_like(p)*(10 if i%9 == 5 else 1); q.grad = p.grad.clone()
+        opt.step(); ref.step()
+    for i,(p,q) in enumerate(zip(ours, theirs)): close(p, q, TOL[dtype], f'parameter {i}')

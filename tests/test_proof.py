@@ -39,7 +39,9 @@ def stepped(make, dtype=torch.float32, device='cpu'):
 def test_ours_are_proved(case, dtype):
     "In every form and dtype, here"
     opt,told = stepped(lambda ps: case.make(ps, True), dtype)
-    if told and dtype == torch.float16: assert 'other numbers' in told[0]; return  # on a CPU, PyTorch before 2.15 has a kernel for SGD that computes wrong numbers
+    # on a CPU, PyTorch's kernel for SGD computes wrong numbers in float16 before 2.15, in bfloat16 in older ones
+    wrong_before = {torch.float16:(2,15), torch.bfloat16:(2,14)}.get(dtype, (0,))
+    if told and tuple(map(int, torch.__version__.split('.')[:2])) < wrong_before: assert 'other numbers' in told[0]; return
     assert not told and all(('fused' in opt.opt_step.args) == (not b.fault) for b in opt._plan.buckets)
     assert len(proof._proved) == 1
 
@@ -238,7 +240,7 @@ def test_threads():
         for t in threads: t.join()
         assert torch.equal(torch.get_rng_state(), state)
 
-@pytest.mark.parametrize('case', EIGHT, ids=str)
+@pytest.mark.parametrize('case', ALL, ids=str)
 def test_cost(case, record_property):
     "Milliseconds, once: the second optimizer of a kind pays nothing"
     now = clock('cpu')

@@ -15,7 +15,7 @@ from fastxtend_jit.learner import jit_opt
 from fastxtend_jit.script import JitStep,jit_step
 from tests.cases import *
 
-STEPS = [globals()[f'{j.__name__}_step'] for _,j in PAIRS]
+STEPS = [globals()[f'{j.__name__}_step'] for _,j in PAIRS+OTHERS]
 steps = pytest.mark.parametrize('step', STEPS, ids=lambda s: s.__name__)
 
 @steps
@@ -29,7 +29,7 @@ def test_documented(step):
 
 METHODS = [Learner.to_jit,Learner.to_native,Learner.compare_opt,jit_opt,JitOptimizer.explain,JitOptimizer.step,JitOptimizer.zero_grad,JitOptimizer.clear_state,
            JitOptimizer.load_state_dict,JitLookahead.step,JitLookahead.clear_state,JitLookahead.state_dict,JitLookahead.load_state_dict]
-@pytest.mark.parametrize('f', [*STEPS, *(j for _,j in PAIRS), JitOptimizer, JitLookahead, *METHODS], ids=lambda f: f.__qualname__)
+@pytest.mark.parametrize('f', [*STEPS, *(j for _,j in PAIRS+OTHERS), JitOptimizer, JitLookahead, *METHODS], ids=lambda f: f.__qualname__)
 def test_docments(f):
     "Every parameter has its comment, and the API page shows them"
     docs = docments(f)
@@ -49,7 +49,7 @@ def test_compiled(step):
 def test_copies(step):
     for o in (pickle.loads(pickle.dumps(step)), copy.deepcopy(step), copy.copy(step)): assert o is step
 
-@pytest.mark.parametrize('jit', [j for _,j in PAIRS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('jit', [j for _,j in PAIRS+OTHERS], ids=lambda f: f.__name__)
 def test_factories_pickle(jit):
     assert pickle.loads(pickle.dumps(jit)) is jit and copy.deepcopy(jit) is jit
     f = pickle.loads(pickle.dumps(partial(jit, eps=1e-7)))
@@ -64,7 +64,7 @@ def test_fallback(monkeypatch):
         plain = [JitStep(s.fn, s.elementwise) for s in STEPS]
         assert all(p.compiled is s.fn for p,s in zip(plain, STEPS))
     assert [('run uncompiled' in str(w.message)) for w in ws] == [True]
-    for case,step in zip(EIGHT, plain):
+    for case,step in zip(ALL, plain):
         opts = [case.make(nn.Parameter(torch.ones(3,4)), True) for _ in range(2)]
         opts[0].opt_step = step
         for i in range(7):
@@ -145,4 +145,4 @@ def test_without_torchscript():
     cmd = [sys.executable,'-W','ignore','-m','tests.without_torchscript','tests/test_parity.py','-q','-k','cpu and float64 and schedule']
     res = subprocess.run(cmd, capture_output=True, text=True)
     assert res.returncode == 0, res.stdout[-3000:]+res.stderr[-2000:]
-    assert re.search(r'^4\d passed', res.stdout, re.M), res.stdout[-300:]
+    assert re.search(r'^6\d passed', res.stdout, re.M), res.stdout[-300:]

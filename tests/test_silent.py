@@ -17,7 +17,7 @@ from fastxtend_jit.trace import peak_memory
 from tests.cases import *
 from tests.test_errors import same,snapshot
 
-eight = pytest.mark.parametrize('case', EIGHT, ids=str)
+every = pytest.mark.parametrize('case', ALL, ids=str)
 
 def new_grads(ps, seed=None):
     if seed is not None: torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def regroup(opt, sizes, hypers):
         ss = iter([s for pg in ahead.slow_weights for s in pg])
         ahead.slow_weights = L(L(next(ss) for _ in range(n)) for n in sizes)
 
-@eight
+@every
 def test_groups_move(case):
     "A boundary that moves, groups that are split and merged: each parameter has the hypers of its group from then on"
     opts = []
@@ -64,7 +64,7 @@ def test_groups_move(case):
         for p,q in zip(*(opt.ps for opt in opts)): close(q, p, TOL[torch.float64])
         same_state(opts[1], opts[0], TOL[torch.float64])
 
-@eight
+@every
 def test_fewer_groups_than_hypers(case):
     "fastai leaves out the hypers that are over"
     opts = []
@@ -235,7 +235,7 @@ def interrupted(opt, n):
     finally: sys.settrace(old)
     return False
 
-@eight
+@every
 @pytest.mark.parametrize('steps', [0,1])  # Ranger's second is a lookahead
 def test_interrupted_anywhere(case, steps):
     "The state can be loaded, and training goes on, each parameter from where it is"
@@ -253,7 +253,7 @@ def test_interrupted_anywhere(case, steps):
         for p,q in zip(opt.all_params().itemgot(0), fresh.all_params().itemgot(0)): assert p.isfinite().all() and torch.equal(p, q), n
     assert n > 50
 
-@eight
+@every
 @pytest.mark.parametrize('err', [KeyboardInterrupt,RuntimeError])
 @pytest.mark.parametrize('steps', [0,2])
 def test_interrupted_in_kernels(case, err, steps, monkeypatch):
@@ -412,7 +412,7 @@ def test_default_of_decouple_wd():
 
 class MyParameter(nn.Parameter): "A subclass"
 
-@eight
+@every
 def test_subclass_of_parameter(case):
     "It is a parameter like any other: a kept graph runs backward again, and shared memory is found"
     p = MyParameter(torch.ones(3, dtype=torch.float64))
@@ -423,7 +423,7 @@ def test_subclass_of_parameter(case):
     p.grad = q.grad = torch.ones(3, dtype=torch.float64)
     refused(case.make([p,q], True), ValueError, 'parameter 1 of group 0', 'shares its memory')
 
-@eight
+@every
 @pytest.mark.parametrize('steps', [0,2])
 def test_partial_overlap(case, steps):
     b = torch.randn(6,3)
@@ -434,7 +434,7 @@ def test_partial_overlap(case, steps):
     new_grads([p,q])
     refused(opt, ValueError, 'parameter 0 of group 1', 'shares its memory with parameter 0 of group 0')
 
-@eight
+@every
 def test_columns_of_one_matrix(case):
     "Parameters may lie in each other's gaps"
     opts = []
@@ -456,7 +456,7 @@ def test_overlap_in_gaps():
     p.grad = torch.ones(3,3)
     refused(EIGHT[0].make([p], True), ValueError, 'Elements of parameter 0', 'share memory')
 
-@eight
+@every
 def test_state_turned_in_place(case):
     opts = [trained(case, 3) for _ in range(2)]
     for st in opts[1].state.values():
@@ -466,7 +466,7 @@ def test_state_turned_in_place(case):
         for o in opts: new_grads(o.all_params().itemgot(0), i); o.step()
     for p,q in zip(*(o.all_params().itemgot(0) for o in opts)): assert torch.equal(p, q)
 
-@eight
+@every
 def test_data_of_the_same_gradient(case):
     "Another dtype or memory under the very gradient that was there before"
     opt = trained(case, 4)
@@ -490,7 +490,7 @@ def test_many_gradients_among_parameters():
     opt.step()
     assert perf_counter()-start < 2
 
-@eight
+@every
 @pytest.mark.parametrize('steps', [0,2])
 def test_gradient_in_written_memory(case, steps):
     opt = trained(case, steps)
@@ -512,7 +512,7 @@ def test_gradient_in_written_memory(case, steps):
         p.grad = old
     opt.step()
 
-@pytest.mark.parametrize('case', EIGHT[:-1], ids=str)
+@pytest.mark.parametrize('case', [c for c in ALL if c.jit is not ranger_jit], ids=str)
 def test_shared_state(case):
     opt = trained(case, 2)
     (p,q),_ = opt.param_lists
@@ -525,7 +525,7 @@ def test_shared_state(case):
     opt.state[q] = {k:v.clone() if isinstance(v, Tensor) else v for k,v in opt.state[p].items()}
     opt.step()
 
-@eight
+@every
 def test_negative_bit(case):
     "Gradients that negate their memory as they are read"
     opts = [trained(case, 1) for _ in range(2)]
@@ -578,7 +578,7 @@ def test_constants_change():
     ahead.alpha,ahead.k = 0.5,'2'
     refused(ahead, TypeError, '`k`', 'a whole number')
 
-@eight
+@every
 def test_load_what_is_no_state_dict(case):
     opt = trained(case, 1)
     before = snapshot(opt)
@@ -623,7 +623,7 @@ def test_frozen_view_of_a_trained_parameter(order):
     close(q, p, 1e-12)
     for a,b in zip(native.slow_weights, ours.slow_weights): [close(y, x, 1e-12) for x,y in zip(a,b)]
 
-@pytest.mark.parametrize('case', [c for c in EIGHT if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
+@pytest.mark.parametrize('case', [c for c in ALL if 'step' in c.step.args], ids=str)
 def test_averages_that_cannot_be_debiased(case):
     "fastai divides by zero, in the middle of a step"
     for name in ('mom','sqr_mom'):
@@ -638,7 +638,7 @@ def test_averages_that_cannot_be_debiased(case):
         opt.state[opt.param_lists[1][0]]['step'] = n
         refused(opt, TypeError, '`step`', 'parameter 0 of group 1', str(n))
 
-@pytest.mark.parametrize('case', [c for c in CASES if 'step' in globals()[f'{c.jit.__name__}_step'].args], ids=str)
+@pytest.mark.parametrize('case', [c for c in CASES if 'step' in c.step.args], ids=str)
 def test_late_steps(case):
     "From 2**24 on float32 cannot count: with averages that are still on their way then"
     opts = []
@@ -698,7 +698,7 @@ def test_numbers_need_whole_tensors():
 
 # --- The engine in rooms of its own: what an adversary found
 
-@eight
+@every
 def test_plan_is_kept(case):
     "From its second step on an optimizer goes by one plan, also over lookaheads"
     opt = trained(case, 1)

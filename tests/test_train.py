@@ -38,7 +38,7 @@ def fit(opt_func, epochs=4):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, slice(1e-3,1e-2), wd=0.01)
     return learn
 
-@pytest.mark.parametrize('case', [*EIGHT, Case(Adam, adam_jit, dict(eps=1e-7, decouple_wd=False)), Case(ranger, ranger_jit, dict(k=3, alpha=0.8))], ids=str)
+@pytest.mark.parametrize('case', [*ALL, *TWO_AHEAD, Case(Adam, adam_jit, dict(eps=1e-7, decouple_wd=False)), Case(ranger, ranger_jit, dict(k=3, alpha=0.8))], ids=str)
 def test_learner(case):
     "One cycle, discriminative learning rates, float64: weights, losses and state as with fastai's"
     theirs,ours = (fit(partial(o, **case.kw) if case.kw else o) for o in (case.native,case.jit))
@@ -49,7 +49,7 @@ def test_learner(case):
     close(tensor([list(o) for o in ours.recorder.values]), tensor([list(o) for o in theirs.recorder.values]), 1e-6)
     assert ours.recorder.losses[-1] < ours.recorder.losses[0]
 
-@pytest.mark.parametrize('native,jit', PAIRS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('native,jit', PAIRS+OTHERS, ids=lambda f: f.__name__)
 def test_defaults(native, jit):
     "The factory by itself as `opt_func`, with fastai's defaults"
     theirs,ours = fit(native, 1),fit(jit, 1)
