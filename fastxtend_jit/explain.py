@@ -19,9 +19,9 @@ from .trace import Rehearsal
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
 @torch.no_grad()
-def _rehearse(bucket, grads, scalars):
-    "A rehearsal of the next step of `bucket`, after which all generators are as they were"
-    with same_random(bucket.key.device), Rehearsal() as r: bucket.run(grads, scalars)
+def _rehearse(f, device, *args):
+    "A rehearsal of `f`, after which all generators are as they were"
+    with same_random(device), Rehearsal() as r: f(*args)
     return r
 
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
@@ -29,7 +29,7 @@ def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswit
 # %% ../nbs/21_explain.ipynb #afccf2cc
 def _why(step, bucket, grads, scalars, path):
     "Why `bucket` takes no faster path"
-    later = lambda: _path(_rehearse(bucket, grads, {**scalars, 'step':10_000}).calls)
+    later = lambda: _path(_rehearse(bucket.run, bucket.key.device, grads, {**scalars, 'step':10_000}).calls)
     if path == 'fused': why = []
     elif bucket.fault: why = [bucket.fault]
     elif 'step' in scalars and later() == 'fused': why = ['fused from a later step on']
@@ -40,7 +40,8 @@ def _why(step, bucket, grads, scalars, path):
 
 def _row(opt, bucket, grads, scalars):
     "What `explain` says of a bucket"
-    r,ps,key = _rehearse(bucket, grads, scalars),[s.param for s in bucket.slots],bucket.key
+    key,ps = bucket.key,[s.param for s in bucket.slots]
+    r = _rehearse(bucket.run, key.device, grads, scalars)
     wd,path = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.,_path(r.calls)
     return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
             'elements': sum(p.numel() for p in ps), 'batches': len(bucket.kept[0]), 'path': path,
@@ -56,4 +57,7 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
                            "after `backward()`. The same holds after `clear_state` (which `freeze` calls), after "
                            "`to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
     rows = [_row(self, b, grads, s) for b,s in zip(plan.buckets, scalars)]
+    after = _rehearse(self._after, plan.params[0].device, plan)
+    if after.calls: rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':'a lookahead, after the step',
+                                 'ATen calls':after.calls.total(), 'scratch, MiB':round(after.peak/2**20, 2)})
     return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

@@ -15,8 +15,9 @@ from typing import Callable
 
 import torch
 from fastcore.basics import patch
+from torch import nn
 from fastai.learner import Learner
-from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,Lookahead,ranger
+from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,Lookahead,Optimizer,ranger
 
 from .optimizer import JitLookahead,JitOptimizer
 from .script import JitStep
@@ -57,15 +58,15 @@ def factories_of(
     variants,key = _variants(),_made_of(opt)
     try:
         if key in variants: return variants[key]
-        if key[0] in (Lookahead,JitLookahead) and key[1:] in variants:
+        if key[:2] in ((Lookahead,Optimizer),(JitLookahead,JitOptimizer)):  # around one of these
             pair,args = variants[key[1:]]
             return tuple(_looking_ahead(cls, f) for cls,f in zip((Lookahead,JitLookahead), pair)),args
-    except TypeError: pass  # not hashable is not known either
-    if isinstance(opt, JitOptimizer): what = f"{what}, which takes `{opt.opt_step.__name__}`, an optimizer that fastai does not have,"
+    except (KeyError,TypeError): pass  # not hashable is not known either
+    if isinstance(opt, JitOptimizer): made = f"which takes `{opt.opt_step.__name__}`, an optimizer that fastai does not have"
     else:
         parts = ', '.join(getattr(cb, 'func', cb).__name__ for cb in getattr(opt, 'cbs', ()))
-        what = f"{what}, a `{type(opt).__name__}`{f' of {parts}' if parts else ''},"
-    _no_counterpart(what)
+        made = f"a `{type(opt).__name__}`{f' of {parts}' if parts else ''}"
+    raise _no_counterpart(f'{what}, {made},')
 
 def _looking_ahead(cls, factory):
     "A factory of `cls` around the optimizers of `factory`"
@@ -95,29 +96,36 @@ def jit_opt(
 
 def _counterpart(f, jit):
     "Ours for the factory `f`, if `jit`, or else fastai's; `f` itself if it is that already"
-    if isinstance(f, partial):
-        if f.func is _made_as: func,args = (f.func,f.args) if f.args[1] == jit else (f.args[0],f.args[2:])
-        else: func,args = _counterpart(f.func, jit),f.args
-        return f if func is f.func else partial(func, *args, **f.keywords) if args or f.keywords else func
-    for pair in counterparts:
-        if any(f is factory for factory in pair): return pair[jit]
-    if not callable(f) or isinstance(f, JitStep): _no_counterpart(f"{f!r}, which is not a factory,")
-    return f if isinstance(_tried(f, jit), JitOptimizer) == jit else partial(_made_as, f, jit)
+    func,args,kwargs = (f.func,f.args,f.keywords) if isinstance(f, partial) else (f,(),{})
+    pair = next((pair for pair in counterparts if any(func is factory for factory in pair)), None)
+    if func is _made_as:
+        if args[1] == jit: return f
+        func,args = args[0],args[2:]
+    elif pair is None: return f if _makes_ours(f, jit) == jit else partial(_made_as, f, jit)
+    elif pair[jit] is func: return f
+    else: func = pair[jit]
+    return partial(func, *args, **kwargs) if args or kwargs else func
 
-def _tried(f, jit):
-    "What the function `f` makes of one parameter of its own"
+def _makes_ours(f, jit):
+    "Does the function `f` make one of ours? Called once, to see; raises `TypeError` if what it makes has no counterpart"
+    if not callable(f) or isinstance(f, JitStep): raise _no_counterpart(f"{f!r}, which is not a factory,")
     what = f"Optimizer `{getattr(f, '__name__', f)}`"
-    try: opt = f([torch.zeros(1)], lr=0.)
-    except Exception as e: _no_counterpart(f"{what}, which failed with one parameter ({type(e).__name__}: {e}),")
-    if not (jit and isinstance(opt, JitOptimizer)): factories_of(opt, what)
-    return opt
+    try: opt = f([[nn.Parameter(torch.zeros(1))]], lr=1e-3)
+    except Exception as e: raise _no_counterpart(f"{what}, which fails for one parameter ({type(e).__name__}: {e}),")
+    if not (ours := _is_ours(opt)) or not jit: factories_of(opt, what)
+    return ours
+
+def _is_ours(opt):
+    if isinstance(opt, Lookahead) and isinstance(opt.opt, JitOptimizer):
+        raise _no_counterpart(f"fastai's `Lookahead` around `{opt.opt.opt_step.__name__}`, for which there is `JitLookahead`,")
+    return isinstance(opt, JitOptimizer)
 
 def _made_as(f, jit, params, **kwargs): return _converted(f(params, **kwargs), jit)
 
 def _no_counterpart(what):
     names = ', '.join(f'{native.__name__} ({jit.__name__})' for native,jit in counterparts)
-    raise TypeError(f"{what} has no counterpart here. These factories have: {names}, and `partial`s of them, "
-                    "fastai's `Lookahead` around them, and functions that make one of these.") from None
+    return TypeError(f"{what} has no counterpart here. These factories have: {names}, and `partial`s of them, "
+                     "fastai's `Lookahead` around them, and functions that make one of these.")
 
 # %% ../nbs/20_learner.ipynb #e1a86b54
 @patch
@@ -139,7 +147,7 @@ def _switch(learn, jit):
 
 def _converted(opt, jit):
     "An optimizer that goes on where `opt` stands: ours, if `jit`, or fastai's; `opt` itself if it is one"
-    if opt is None or isinstance(opt, JitOptimizer) == jit: return opt
+    if opt is None or _is_ours(opt) == jit: return opt
     pair,args = factories_of(opt)
     lookahead = {n:getattr(opt, n) for n in ('k','alpha') if hasattr(opt, n)}
     res = pair[jit]([list(pg) for pg in opt.param_lists], lr=0., **args, **lookahead)

@@ -178,7 +178,8 @@ class _Stepping(_Scalars):
             raise
         bucket.count_step()
 
-    def _finish(self, plan): "What comes after all buckets"
+    def _finish(self, plan): self._after(plan)
+    def _after(self, plan): "What is computed after all buckets"
 
 # %% ../nbs/03_optimizer.ipynb #162fe649
 def _alike(ts):
@@ -291,6 +292,9 @@ class _SlowWeights(JitOptimizer):
     def _commit(self, plan, grads):
         if self.slow_weights is None or _sizes(self.slow_weights) != _sizes(self.param_lists):
             self.slow_weights = _in_groups(self._slow, self.param_lists)
+        for i,(p,s) in enumerate(zip(map(local, plan.params), map(local, self._slow))):
+            if is_dense(p) and memory_order(s) != memory_order(p):  # loaded from a model in another memory format
+                self._put_slow(i, torch.empty_like(plan.params[i]).copy_(self._slow[i]))
         self._slow_of = plan.params
         super()._commit(plan, grads)
 
@@ -341,13 +345,15 @@ class _SavedSlowWeights(_SlowWeights):
 # %% ../nbs/03_optimizer.ipynb #2efcb9f2
 _ahead = dict(alpha=float, lookahead=bool)  # what a step that looks ahead itself gets, with `slow_weights`
 
-def _parts(opt, step, defaults):
-    "Parameters, step, `decouple_wd` and the other arguments that make an optimizer like `opt`"
-    if step is not None or defaults: raise TypeError("`JitLookahead` takes an optimizer as it is: give it no step and no "
-                                                     "hypers besides.")
-    if isinstance(opt, JitLookahead): raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
+def _parts(opt, step, decouple_wd, defaults):
+    "Parameters, step, `decouple_wd` and other arguments that make an optimizer like `opt`; raises if more are given"
+    if step is not None or decouple_wd is not ... or defaults:
+        raise TypeError("`JitLookahead` takes an optimizer as it is, with `k` and `alpha` by name: "
+                        "`JitLookahead(opt, k=6, alpha=0.5)`.")
+    if isinstance(opt, JitLookahead) or 'slow_weights' in opt.opt_step.args:
+        raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
     has,consts = {n: n in opt.state_names for n in opt.opt_step.optional},{**opt.consts}
-    hypers = {n: [h[n] for h in opt.hypers] for n in opt.hypers[0]}
+    hypers = {n:v for n,v in opt.hypers[0].items() if n in opt.opt_step.hypers}
     return opt.param_lists,opt.opt_step,consts.pop('decouple_wd'),{**has, **consts, **hypers}
 
 def _look_ahead(params, slow, alpha):
@@ -366,7 +372,7 @@ class JitLookahead(_SavedSlowWeights):
     _reserved  = property(lambda self: (*JitOptimizer._reserved, 'k', *(() if self._in_step else ['alpha'])))
     _entangled = False  # does a parameter without a step share memory with another?
     def __init__(self,
-        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or an optimizer to go on from, in fastai's way
+        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or one of our optimizers, to be replaced by this
         opt_step:Callable=None, # Step function; one with `slow_weights` has `alpha` and `lookahead`, and looks ahead itself
         decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
         k:int=6, # How often to conduct Lookahead step, at least 1
@@ -374,7 +380,10 @@ class JitLookahead(_SavedSlowWeights):
         **defaults # As in `JitOptimizer`
     ):
         opt = params if isinstance(params, JitOptimizer) else None
-        if opt: params,opt_step,decouple_wd,defaults = _parts(opt, opt_step, defaults)
+        if opt: params,opt_step,decouple_wd,defaults = _parts(opt, opt_step, decouple_wd, defaults)
+        if opt_step is None:
+            raise TypeError(f"`JitLookahead` needs a step function, or one of our optimizers in place of parameters, but got "
+                            f"a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
         step = jit_step(opt_step)
         if 'slow_weights' in step.args and (lost := {*_ahead} - {*step.args}):
             raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
@@ -382,7 +391,7 @@ class JitLookahead(_SavedSlowWeights):
         if self.k < 1:
             raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
         super().__init__(params, step, decouple_wd, **defaults)
-        if opt: self.state,self.frozen_idx = opt.state,opt.frozen_idx
+        if opt: self.state,self.hypers,self.frozen_idx = opt.state,L({**h} for h in opt.hypers),opt.frozen_idx
 
     def _is_kth(self): return (self.count+1) % as_scalar(self.k, int, "`k`") == 0
 
@@ -399,15 +408,19 @@ class JitLookahead(_SavedSlowWeights):
         shared = lambda: find_shared([*map(local, plan.params)]) is not None
         self._entangled = self._is_kth() and bool(plan.without_step) and shared()
         if self._is_kth():
+            as_scalar(self.alpha, float, "`alpha`")
             for i in self._left(plan): check_state(plan.params[i], self._slow[i], 'slow_weights', plan.names[i])
         return super()._scalars_of(plan)
 
+    def _after(self, plan):
+        "A lookahead, if it is time for one, of parameters whose step did none"
+        if not self._is_kth(): return
+        kinds,alpha = {},as_scalar(self.alpha, float, "`alpha`")
+        for i in self._left(plan):
+            p = plan.params[i]
+            kinds.setdefault(i if self._entangled else (p.device,p.dtype), []).append(i)
+        for at in kinds.values(): _look_ahead(*([local(ts[i]) for i in at] for ts in (plan.params,self._slow)), alpha)
+
     def _finish(self, plan):
-        "A lookahead, if it is time for one, of parameters whose step did none; and one more step to count"
-        if self._is_kth():
-            kinds = {}
-            for i in self._left(plan):
-                p = plan.params[i]
-                kinds.setdefault(i if self._entangled else (p.device,p.dtype), []).append(i)
-            for at in kinds.values(): _look_ahead(*([local(ts[i]) for i in at] for ts in (plan.params,self._slow)), self.alpha)
-        self.count += 1
+        try: super()._finish(plan)
+        finally: self.count += 1  # as in fastai, the step has been taken

@@ -26,10 +26,11 @@ def _surprise(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float,
     torch._foreach_clamp_min_(expected, eps)
     return torch._foreach_div(grads, expected)
 
-def _rms_of_one(g:Tensor, sqr_avg:Tensor, keep:float, share:float, eps:float):
-    "Root mean square of the surprise of a dense tensor, in pieces that two cores' caches hold"
-    n = g.numel()
-    gs,vs = [x.as_strided([n], [1]).split(262144) for x in (g,sqr_avg)]
+def _rms(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float, eps:float, flat:bool):
+    "Root mean square of the surprise of each tensor; of a dense one by itself, in pieces that two cores' caches hold"
+    if not flat or len(grads) > 1: return norms(_surprise(grads, sqr_avg, keep, share, eps), flat, mean=True)
+    n = grads[0].numel()
+    gs,vs = [x.as_strided([n], [1]).split(262144) for x in (grads[0],sqr_avg[0])]
     parts = [norms(_surprise([gs[i]], [vs[i]], keep, share, eps), True) for i in range(len(gs))]
     return torch.cat(parts).square_().sum().div_(n).sqrt_().view(1)
 
@@ -61,15 +62,20 @@ def stableadam_jit_step(
     decay = wd if do_wd and decouple_wd else 0.
     if do_wd and not decouple_wd: grads = weight_decay(params, grads, lr, wd, False)
     debias2 = debias(sqr_mom, step)
-    if fused and flat and len(params) == 1 and can_fuse(mom, sqr_mom, params[0]):
-        rms = _rms_of_one(grads[0], sqr_avg[0], sqr_mom/debias2, (1-sqr_mom)/debias2, eps)
-        fused_adam(params, grads, grad_avg, sqr_avg, step, lr=float(_smaller(lr, rms)[0]), mom=mom, sqr_mom=sqr_mom,
-                   eps=eps, wd=decay, decouple_wd=True)
-        return
-    update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=fused)
-    if decay != 0.: torch._foreach_add_(update, params, alpha=decay)
-    rms = norms(_surprise(grads, sqr_avg, 1/debias2, 0., eps), flat, mean=True)
-    descend(params, update, None, mom=0., lrs=_smaller(lr, rms), fused=fused, flat=flat, slow_numbers=slow_numbers)
+    if fused and can_fuse(mom, sqr_mom, params[0]):
+        rms = _rms(grads, sqr_avg, sqr_mom/debias2, (1-sqr_mom)/debias2, eps, flat)
+        lrs = _smaller(lr, rms)
+        if flat and len(params) == 1:
+            fused_adam(params, grads, grad_avg, sqr_avg, step, lr=float(lrs[0]), mom=mom, sqr_mom=sqr_mom, eps=eps,
+                       wd=decay, decouple_wd=True)
+            return
+        update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=True)
+    else:
+        update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=False)
+        lrs = _smaller(lr, _rms(grads, sqr_avg, 1/debias2, 0., eps, flat))
+    if decay*lr > 0.5: torch._foreach_mul_(params, lrs.mul(-decay).add_(1.).to(params[0].dtype).unbind())
+    elif decay != 0.: torch._foreach_add_(update, params, alpha=decay)  # else most of it would cancel
+    descend(params, update, None, mom=0., lrs=lrs, fused=fused, flat=flat, slow_numbers=slow_numbers)
 
 # %% ../nbs/18_stableadam.ipynb #9856a76e
 def stableadam_jit(

@@ -1,6 +1,7 @@
 "What used to give wrong numbers, or a broken state, without a word"
 import importlib.util,signal,sys
 from copy import copy,deepcopy
+from functools import partial
 from time import perf_counter
 from typing import List,Optional
 
@@ -10,10 +11,10 @@ import torch
 from fastcore.foundation import L
 from torch import Tensor,nn
 
-from fastxtend_jit import bucket,optimizer,plan,snapshot as snapshots
+from fastxtend_jit import bucket,learner,optimizer,plan,snapshot as snapshots
 from fastxtend_jit.fragments import norms
 from fastxtend_jit.script import jit_step
-from fastxtend_jit.trace import peak_memory
+from fastxtend_jit.trace import Calls,peak_memory
 from tests.cases import *
 from tests.test_errors import same,snapshot
 
@@ -770,3 +771,76 @@ def test_large_lamb(wd, value):
     if not there.any(): return  # 0 times infinity, everywhere, in both
     off = [(p.double()-truth)[there].abs().max()/truth[there].abs().max() for p in ps]
     assert off[1] <= max(4*off[0], 1e-6)
+
+# --- JitLookahead around an optimizer
+
+def looks_ahead(native, ps, **kw): return Lookahead(native(ps, **kw), k=2)
+
+def test_lookahead_around_ours():
+    "fastai's `Lookahead` around one of ours is neither fastai's nor ours"
+    f = lambda ps, **kw: Lookahead(adam_jit(ps, **kw), k=2)
+    for jit in (True,False):
+        with pytest.raises(TypeError, match='`Lookahead` around `adam_jit_step`, for which there is `JitLookahead`'): learner._counterpart(f, jit)
+        with pytest.raises(TypeError, match='`Lookahead` around `adam_jit_step`'): learner._converted(f(parameters((2,)), lr=0.1), jit)
+
+def test_partial_of_function():
+    "Is tried with its arguments"
+    f = jit_opt(partial(looks_ahead, Adam, mom=0.5))
+    opt = f([parameters((2,))], lr=0.1)
+    assert type(opt) is JitLookahead and opt.opt_step is adam_jit_step and opt.k == 2 and opt.hypers[0]['mom'] == 0.5
+    own = partial(JitOptimizer, opt_step=lion_jit_step, mom=0.9, avg_mom=0.99, wd=0.)
+    assert jit_opt(own) is own
+    with pytest.raises(TypeError, match='has no counterpart'): jit_opt(partial(looks_ahead, ranger))
+
+def test_around():
+    "Takes over hypers of each group, also odd ones, state, and what is frozen; nothing else is taken"
+    ps = [parameters((2,)),parameters((3,))]
+    opt = adam_jit(ps, [0.1,0.2]); opt.step(); opt.freeze_to(1)
+    del opt.hypers[1]['eps']
+    opt.hypers[0]['note'] = 1
+    res = JitLookahead(opt, k=3)
+    assert [dict(h) for h in res.hypers] == [dict(h) for h in opt.hypers] and res.frozen_idx == 1 and res.state is opt.state
+    for args,kw in (((6,.5),{}), ((),dict(decouple_wd=False)), ((),dict(lr=0.1))):
+        with pytest.raises(TypeError, match='takes an optimizer as it is, with `k` and `alpha` by name'): JitLookahead(opt, *args, **kw)
+    for bad in (ps,Adam(ps, 0.1)):
+        with pytest.raises(TypeError, match='needs a step function, or one of our optimizers'): JitLookahead(bad)
+
+def test_alpha_is_checked_first():
+    opt = JitLookahead(adam_jit(parameters((2,)), 0.1), k=1)
+    opt.step(); before = [p.clone() for p in opt.param_lists[0]]
+    opt.alpha = 'x'
+    with pytest.raises(TypeError, match='`alpha`'): opt.step()
+    assert all(map(torch.equal, before, opt.param_lists[0])) and opt.count == 1
+
+def test_interrupted_lookahead(monkeypatch):
+    "Counts as taken, as in fastai"
+    opt = JitLookahead(adam_jit(parameters((2,)), 0.1), k=2)
+    opt.step()
+    monkeypatch.setattr('fastxtend_jit.optimizer._look_ahead', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): opt.step()
+    assert opt.count == 2
+
+def test_slow_weights_in_another_order():
+    "Are laid out like their parameter, so that a lookahead needs no scratch as large as a tensor"
+    p = nn.Parameter(torch.randn(64, 128, 40, 10).to(memory_format=torch.channels_last))
+    opt = JitLookahead(sgd_jit([p], 0.1), k=1)
+    opt.slow_weights = [[p.detach().contiguous()]]
+    p.grad = torch.randn_like(p)
+    opt.step()
+    assert opt.slow_weights[0][0].stride() == p.stride()
+    assert opt.explain()['scratch, MiB'].max() < 4
+    with Calls() as real: opt.step()
+    assert opt.explain()['ATen calls'].sum() == real.calls.total()
+
+@pytest.mark.parametrize('dtype', [torch.float16,torch.float32], ids=str)
+def test_stableadam_does_not_care_for_company(dtype):
+    "A tensor takes the same step by itself and beside others, also where small squares vanish in float16, and where decay takes all"
+    for wd in (0.,100.):
+        res = []
+        for n in (1,2):
+            ps = [nn.Parameter(torch.ones(40, 30, dtype=dtype)) for _ in range(n)]
+            opt = stableadam_jit(ps, 0.01, wd=wd)
+            for p in ps: p.grad = torch.ones_like(p); p.grad[0] = 3e-4
+            opt.step()
+            res.append(ps[0].detach().double())
+        assert (res[0]-res[1]).abs().max() <= 4*torch.finfo(dtype).eps

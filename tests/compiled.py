@@ -1,0 +1,42 @@
+"""What `torch.compile` makes of a step: seconds until the first step is taken, then milliseconds, beside ours
+
+`python -m tests.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes compiled.csv. It
+needs a C++ compiler"""
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from fastxtend_jit.bench import _fill,interleave,models,rows
+from fastxtend_jit.trace import clock
+
+def plain_step(opt):
+    "The step of `opt` as a plain function over all tensors, without fused kernels, to be compiled"
+    step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
+    state = {n: [opt.state[p][n] for p in ps] for n in opt.state_names}
+    given = dict(params=[p.data for p in ps], grads=[p.grad for p in ps], step=10, fused=False, flat=False, decouple_wd=True, **opt.hypers[0], **state)
+    for n in step.numbers: given[n] = torch.stack(given[n])
+    args = [given.get(n, step.defaults.get(n)) for n in step.args]
+    return lambda: step.fn(*args)
+
+@torch.no_grad()
+def measure(model, optimizer, seconds=3.):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    params,now = [*models[model][0]().parameters()],clock()
+    _fill(params)
+    opt = rows[optimizer].make(params, True)
+    for _ in range(10): opt.step()
+    compiled = torch.compile(plain_step(opt))
+    start = now()
+    compiled()
+    first = now()-start
+    for _ in range(3): compiled()
+    times = interleave({'compiled':compiled, 'ours':opt.step}, seconds)
+    return dict(model=model, optimizer=optimizer, first_s=round(first, 1), compiled_ms=round(times['compiled'].median, 3), ours_ms=round(times['ours'].median, 3))
+
+if __name__ == '__main__':
+    res = [measure(m, o) for m in ('many_small','xresnet18') for o in ('adam','larc','lamb')]
+    pd.DataFrame(res).to_csv(Path(sys.argv[1])/'compiled.csv', index=False)
+    print(pd.DataFrame(res))
