@@ -367,7 +367,7 @@ def _pick(what, names):
 @call_parse
 def main(
     models:str='all', # Models: some of many_small,tabular,xresnet18,xresnet50,vit_b_16
-    optimizers:str='all', # Optimizers: some of sgd,sgd_l2,rmsprop,adam,radam,qhadam,larc,lamb,ranger,lion,adan,stableadam
+    optimizers:str='all', # Optimizers: some of sgd,sgd_l2,rmsprop,adam,radam,qhadam,larc,lamb,ranger,lion,adan,…
     device:str='cpu', # Device: cpu, cuda, cuda:1, …
     seconds:float=3., # Seconds to time each cell for, at least
     threads:int=0, # Threads of PyTorch; 0 for as many as it takes by itself

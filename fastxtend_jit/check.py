@@ -1,4 +1,4 @@
-"""Any optimizer beside fastai's: the same steps, and what they cost
+"""Compare any optimizer with fastai's: the same steps, and what they cost
 
 Docs: https://fastxtend.github.io/fastxtend_jit/check.html.md"""
 
@@ -117,5 +117,6 @@ def arguments(
 ) -> pd.DataFrame:
     "Name, default and meaning of each argument of `f`"
     meaning,params = docments(f),inspect.signature(f).parameters
-    rows = {n: {'default':'' if p.default is p.empty else repr(p.default), 'meaning':meaning[n]} for n,p in params.items()}
+    default = lambda p: '' if p.default is p.empty else repr(p.default)
+    rows = {n: {'default':default(p), 'meaning':meaning[n]} for n,p in params.items()}
     return WholeTable(pd.DataFrame(rows).T.rename_axis(f.__name__))

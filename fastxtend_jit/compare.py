@@ -1,4 +1,4 @@
-"""A proof on your own model and data, and how much faster it is there
+"""Check on your own model and data that only the speed changes
 
 Docs: https://fastxtend.github.io/fastxtend_jit/compare.html.md"""
 

@@ -38,6 +38,8 @@ def _why(step, bucket, grads, scalars, path):
     if not step.is_compiled: why.append('TorchScript cannot compile here')
     return '; '.join(why)
 
+def _cost(r): return {'ATen calls':r.calls.total(), 'scratch, MiB':round(r.peak/2**20, 2)}
+
 def _row(opt, bucket, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
@@ -45,8 +47,7 @@ def _row(opt, bucket, grads, scalars):
     wd,path = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.,_path(r.calls)
     return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
             'elements': sum(p.numel() for p in ps), 'batches': len(bucket.kept[0]), 'path': path,
-            'why not faster': _why(opt.opt_step, bucket, grads, scalars, path),
-            'ATen calls': r.calls.total(), 'scratch, MiB': round(r.peak/2**20, 2)}
+            'why not faster': _why(opt.opt_step, bucket, grads, scalars, path), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
@@ -58,6 +59,7 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
                            "`to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
     rows = [_row(self, b, grads, s) for b,s in zip(plan.buckets, scalars)]
     after = _rehearse(self._after, plan.params[0].device, plan)
-    if after.calls: rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':'a lookahead, after the step',
-                                 'ATen calls':after.calls.total(), 'scratch, MiB':round(after.peak/2**20, 2)})
+    if after.calls:
+        why = 'a lookahead, after the step'
+        rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})
     return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

@@ -1,4 +1,4 @@
-"""One word to switch a Learner to compiled optimizers
+"""Switch a Learner over, new or mid-training, and look up the counterpart of a factory
 
 Docs: https://fastxtend.github.io/fastxtend_jit/learner.html.md"""
 
@@ -62,7 +62,8 @@ def factories_of(
             pair,args = variants[key[1:]]
             return tuple(_looking_ahead(cls, f) for cls,f in zip((Lookahead,JitLookahead), pair)),args
     except (KeyError,TypeError): pass  # not hashable is not known either
-    if isinstance(opt, JitOptimizer): made = f"which takes `{opt.opt_step.__name__}`, an optimizer that fastai does not have"
+    if isinstance(opt, JitOptimizer):
+        made = f"which takes `{opt.opt_step.__name__}`, an optimizer that fastai does not have"
     else:
         parts = ', '.join(getattr(cb, 'func', cb).__name__ for cb in getattr(opt, 'cbs', ()))
         made = f"a `{type(opt).__name__}`{f' of {parts}' if parts else ''}"
@@ -107,7 +108,7 @@ def _counterpart(f, jit):
     return partial(func, *args, **kwargs) if args or kwargs else func
 
 def _makes_ours(f, jit):
-    "Does the function `f` make one of ours? Called once, to see; raises `TypeError` if what it makes has no counterpart"
+    "Does the function `f`, called once to see, make one of ours? Raises `TypeError` if that has no counterpart"
     if not callable(f) or isinstance(f, JitStep): raise _no_counterpart(f"{f!r}, which is not a factory,")
     what = f"Optimizer `{getattr(f, '__name__', f)}`"
     try: opt = f([[nn.Parameter(torch.zeros(1))]], lr=1e-3)
@@ -117,7 +118,8 @@ def _makes_ours(f, jit):
 
 def _is_ours(opt):
     if isinstance(opt, Lookahead) and isinstance(opt.opt, JitOptimizer):
-        raise _no_counterpart(f"fastai's `Lookahead` around `{opt.opt.opt_step.__name__}`, for which there is `JitLookahead`,")
+        name = opt.opt.opt_step.__name__
+        raise _no_counterpart(f"fastai's `Lookahead` around `{name}`, for which there is `JitLookahead`,")
     return isinstance(opt, JitOptimizer)
 
 def _made_as(f, jit, params, **kwargs): return _converted(f(params, **kwargs), jit)

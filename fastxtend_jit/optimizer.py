@@ -232,7 +232,8 @@ class _Saved(_Stepping):
         slot.own.update(slot.made)
         self.state.setdefault(slot.param, slot.own)
 
-    def __getstate__(self): return {**self.__dict__, 'consts':self.consts and {**self.consts}, '_plan':None, '_snapshot':None}
+    def __getstate__(self):
+        return {**self.__dict__, 'consts':self.consts and {**self.consts}, '_plan':None, '_snapshot':None}
 
 # %% ../nbs/03_optimizer.ipynb #14f1ed3d
 class JitOptimizer(_Saved):
@@ -366,14 +367,14 @@ def _look_ahead(params, slow, alpha):
         for fast,to in parts: lookahead(fast, to, alpha)
 
 class JitLookahead(_SavedSlowWeights):
-    "A `JitOptimizer` with slow weights, to which the fast ones return every few steps (https://arxiv.org/abs/1907.08610)"
+    "A `JitOptimizer` with slow weights, to which the fast ones return at times (https://arxiv.org/abs/1907.08610)"
     _in_step   = property(lambda self: 'slow_weights' in self.opt_step.args)  # does the step itself look ahead?
     _given     = property(lambda self: given | (_ahead if self._in_step else {}))
     _reserved  = property(lambda self: (*JitOptimizer._reserved, 'k', *(() if self._in_step else ['alpha'])))
     _entangled = False  # does a parameter without a step share memory with another?
     def __init__(self,
-        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or one of our optimizers, to be replaced by this
-        opt_step:Callable=None, # Step function; one with `slow_weights` has `alpha` and `lookahead`, and looks ahead itself
+        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or one of our optimizers, which this replaces
+        opt_step:Callable=None, # Step function; one with `slow_weights`, `alpha` and `lookahead` looks ahead itself
         decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
         k:int=6, # How often to conduct Lookahead step, at least 1
         alpha:float=0.5, # Slow weight moving average coefficient
@@ -382,8 +383,8 @@ class JitLookahead(_SavedSlowWeights):
         opt = params if isinstance(params, JitOptimizer) else None
         if opt: params,opt_step,decouple_wd,defaults = _parts(opt, opt_step, decouple_wd, defaults)
         if opt_step is None:
-            raise TypeError(f"`JitLookahead` needs a step function, or one of our optimizers in place of parameters, but got "
-                            f"a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
+            raise TypeError("`JitLookahead` needs a step function, or one of our optimizers in place of parameters, but "
+                            f"got a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
         step = jit_step(opt_step)
         if 'slow_weights' in step.args and (lost := {*_ahead} - {*step.args}):
             raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")

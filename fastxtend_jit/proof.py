@@ -156,7 +156,7 @@ def _flags(vary):
     return [f for f in every if not (f.get('flat') and f.get('slow_numbers'))]
 
 def _find_fault(step, names, device, dtype, scalars, vary):
-    "Why not, whether anybody would be surprised, and whether anything could be tried"
+    "Why not, whether that deserves a warning, and whether anything could be tried"
     missing = f'no fused kernel for {str(dtype)[6:]} on {device.type}'
     try:
         if device.type == 'meta': return missing,False,True

@@ -162,13 +162,16 @@ def __repr__(self:Report): return f'<Report: {self.where()}>'
 def _repr_markdown_(self:Report): return f'{self.summary()}\n\n{markdown(self.speeds())}'  # how a notebook shows it
 
 # %% ../nbs/30_report.ipynb #e6484706
-_marks = {'vs_torch':('best of torch.optim','D','#555555'), 'vs_optimi':('optimi','^','#d98200'), None:('fastxtend_jit','o','#1f6fb4')}
+_blue  = '#1f6fb4'
+_marks = {'vs_torch':('best of torch.optim','D','#555555'), 'vs_optimi':('optimi','^','#d98200'),
+          None:('fastxtend_jit','o',_blue)}
 
 def _value(ax, x, y, color, below=False):
     "Write a value beside its mark"
-    xy,ha,va = ((0,-5),'center','top') if below else ((7,0),'left','center')
-    ax.annotate(f'{x:.1f}x' if below else f'{x:.2f}x' if x < 2 else f'{x:.1f}x', (x,y), xytext=xy, textcoords='offset points', ha=ha, va=va,
-                color=color, fontsize=6.5 if below else 8.5, fontweight='normal' if below else 'bold')
+    style = dict(xytext=(7,0), ha='left', va='center', fontsize=8.5, fontweight='bold')
+    if below: style = dict(xytext=(0,-5), ha='center', va='top', fontsize=6.5)
+    text = f'{x:.1f}x' if below or x >= 2 else f'{x:.2f}x'
+    ax.annotate(text, (x,y), textcoords='offset points', color=color, **style)
 
 def _plot_model(ax, d):
     "Marks of all contestants of one model, a row an optimizer"
@@ -178,13 +181,14 @@ def _plot_model(ax, d):
         ax.plot(x, y, marker, color=color, ms=5 if column else 6.5, label=label)
         for a,b in zip(x, y):
             if a == a: _value(ax, a, b, color, bool(column))
-    ax.hlines(y, d.fastai_ms/d.ours_upper.astype(float), d.fastai_ms/d.ours_lower.astype(float), color='#1f6fb4', lw=1.5)
+    lower,upper = (d.fastai_ms/d[n].astype(float) for n in ('ours_upper','ours_lower'))
+    ax.hlines(y, lower, upper, color=_blue, lw=1.5)
 
 def _plot_training(ax, d):
     "Whole training steps, a row a model"
-    y,color = np.arange(len(d)),'#1f6fb4'
-    ax.plot(d.speed, y, 'o', color=color, ms=6.5)
-    for a,b in zip(d.speed, y): _value(ax, a, b, color)
+    y = np.arange(len(d))
+    ax.plot(d.speed, y, 'o', color=_blue, ms=6.5)
+    for a,b in zip(d.speed, y): _value(ax, a, b, _blue)
     ax.set(yticks=y, yticklabels=d.model, title='a whole training step, Adam')
 
 def _dress(ax, n, top):
@@ -217,8 +221,8 @@ def plot(self:Report,
         ax.set(title=f'an optimizer step, {m}', yticks=range(len(opts)), yticklabels=opts if ax is axs[0] else [])
     if training is not None: _plot_training(axs[-1], training); _dress(axs[-1], len(training), training.speed.max())
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
-    on = 'CPU' if self.machine['device'] == 'cpu' else self.machine['gpu']
-    fig.suptitle(f"How many times as fast as fastai (line at 1x, logarithmic scale): {on}, {self.machine['cores']} cores")
+    on = f"CPU, {self.machine['cores']} cores" if self.machine['device'] == 'cpu' else self.machine['gpu']
+    fig.suptitle(f'How many times as fast as fastai (line at 1x, logarithmic scale): {on}')
     return fig
 
 # %% ../nbs/30_report.ipynb #981c8d1a

@@ -1,4 +1,4 @@
-"""All eight optimizers beside fastai's, on your devices and in your version of PyTorch
+"""Compare all eight optimizers with fastai's, on your devices and in your version of PyTorch
 
 Docs: https://fastxtend.github.io/fastxtend_jit/selfcheck.html.md"""
 

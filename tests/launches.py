@@ -48,7 +48,7 @@ def launches(row, ours, gen, shapes):
 
 def cuda_launches(shapes):
     "A line for each optimizer: fastai's, and ours before PyTorch 2.11 and from then on"
-    return pd.DataFrame([dict(optimizer=n, tensors=len(shapes), fastai=launches(r, False, 'new', shapes),
+    return pd.DataFrame([dict(optimizer=n, tensors=len(shapes), fastai=launches(r, False, 'new', shapes) if r.native else float('nan'),
                               ours_to_2_10=launches(r, True, 'old', shapes), ours=launches(r, True, 'new', shapes))
                          for n,r in rows.items()])
 

@@ -1,5 +1,5 @@
 "Is all in step: notebooks, modules, README.md, links, the package?"
-import os,re,runpy,shutil,subprocess,sys,zipfile
+import ast,os,re,runpy,shutil,subprocess,sys,zipfile
 from configparser import ConfigParser
 from functools import cache
 from html.parser import HTMLParser
@@ -55,6 +55,30 @@ def test_modules_are_in_step(copy):
     assert not differing(copy, modules | {p.relative_to(copy) for p in copy.glob('fastxtend_jit/*.py')}), "run `nbdev-export`"
 
 def test_readme(): assert (root/'README.md').read_text() == readme(), "run `make readme`"
+
+def test_front_page_runs(tmp_path, monkeypatch):
+    "README's code runs as it stands, on small data in place of the reader's"
+    from tests.demo import table
+    monkeypatch.chdir(tmp_path)
+    scope = {'dls': table(64)[0]}
+    blocks = re.findall(r'^```python\n(.*?)^```', (root/'README.md').read_text(), re.M|re.S)
+    assert len(blocks) >= 2
+    for block in blocks: exec(block, scope)
+    assert scope['learn'].opt_func is fastxtend_jit.adam.adam_jit
+
+def test_front_page_figures(monkeypatch):
+    "Its figures are the stored ones: the cells that write them, run again, write the same"
+    monkeypatch.chdir(root/'nbs')
+    scope,checked = {},0
+    for c in nbformat.read('index.ipynb', 4).cells:
+        if 'echo: false' not in c.source and 'fastxtend_jit.report' not in c.source: continue
+        *lines,last = ast.parse(c.source).body
+        exec(compile(ast.Module(lines, []), 'index', 'exec'), scope)
+        if not isinstance(last, ast.Expr): exec(compile(ast.Module([last], []), 'index', 'exec'), scope); continue
+        shown = eval(compile(ast.Expression(last.value), 'index', 'eval'), scope)
+        assert ''.join(o['data']['text/markdown'] for o in c.outputs) == shown.data
+        checked += 1
+    assert checked >= 3
 
 class Page(HTMLParser):
     "Links, images and anchors of a page"
