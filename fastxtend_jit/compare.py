@@ -149,10 +149,10 @@ def _table(native, jit):
 
 # %% ../nbs/20_compare.ipynb #5d07b3e9
 def _plot_losses(ax, native, jit):
-    "The losses of fastai's optimizer as a broad line, those of ours as a thin one on it"
+    "The losses of fastai's optimizer as a broad line, and ours as a thin one on top"
     for run,style in ((native,dict(lw=5, alpha=0.35)), (jit,dict(lw=1.2))):
         ax.plot(range(1, len(run.losses)+1), run.losses, label=run.name, **style)
-    ax.set(xlabel='step', ylabel='loss', title='Losses, one on the other')
+    ax.set(xlabel='step', ylabel='loss', title='Losses coincide')
     ax.legend()
 
 def _plot_times(ax, native, jit):

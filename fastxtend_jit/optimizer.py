@@ -373,7 +373,7 @@ class JitLookahead(_SavedSlowWeights):
     _reserved  = property(lambda self: (*JitOptimizer._reserved, 'k', *(() if self._in_step else ['alpha'])))
     _entangled = False  # does a parameter without a step share memory with another?
     def __init__(self,
-        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`; or one of our optimizers, which this replaces
+        params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`, or one of our optimizers, to replace it
         opt_step:Callable=None, # Step function; one with `slow_weights`, `alpha` and `lookahead` looks ahead itself
         decouple_wd:bool=..., # True weight decay or L2 regularization; `...` for the step's own default, or L2
         k:int=6, # How often to conduct Lookahead step, at least 1
@@ -383,8 +383,8 @@ class JitLookahead(_SavedSlowWeights):
         opt = params if isinstance(params, JitOptimizer) else None
         if opt: params,opt_step,decouple_wd,defaults = _parts(opt, opt_step, decouple_wd, defaults)
         if opt_step is None:
-            raise TypeError("`JitLookahead` needs a step function, or one of our optimizers in place of parameters, but "
-                            f"got a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
+            raise TypeError("`JitLookahead` needs a step function, or one of our optimizers in place of parameters, "
+                            f"but got a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
         step = jit_step(opt_step)
         if 'slow_weights' in step.args and (lost := {*_ahead} - {*step.args}):
             raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")

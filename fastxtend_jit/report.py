@@ -191,10 +191,10 @@ def _plot_training(ax, d):
     for a,b in zip(d.speed, y): _value(ax, a, b, _blue)
     ax.set(yticks=y, yticklabels=d.model, title='a whole training step, Adam')
 
-def _dress(ax, n, top):
+def _dress(ax, n, low, top):
     ax.axvline(1, color='black', lw=1)
-    ax.set(xscale='log', ylim=(n-0.4,-0.6), xlim=(0.8,1.6*top))
-    ticks = [x for x in (1,1.5,2,3,5,10,20,50) if x <= 1.3*top and (top < 3 or x != 1.5)]
+    ax.set(xscale='log', ylim=(n-0.4,-0.6), xlim=(0.8*min(1, low),2*top))
+    ticks = [x for x in (0.2,0.5,1,1.5,2,3,5,10,20,50) if 0.8*low <= x <= 1.3*top and (top < 3 or x != 1.5)]
     ax.set_xticks(ticks, [f'{x:g}x' for x in ticks])
     ax.set_xticks([], minor=True)
     ax.grid(axis='y', alpha=0.3)
@@ -214,12 +214,13 @@ def plot(self:Report,
     n = len(names) + (training is not None)
     fig = Figure(figsize=(1.2+2.6*n, 1.5+0.46*len(opts)), layout='constrained')
     axs,shown = fig.subplots(1, n, squeeze=False)[0],t[t.index.isin(names, level='model')]
-    top = shown.vs_fastai.max()
+    marks = shown[['vs_fastai']].assign(**{c: shown.vs_fastai/shown[c] for c in _marks if c})
+    low,top = marks.min().min(),marks.max().max()
     for ax,m in zip(axs, names):
         _plot_model(ax, shown.loc[m].reindex(opts))
-        _dress(ax, len(opts), top)
+        _dress(ax, len(opts), low, top)
         ax.set(title=f'an optimizer step, {m}', yticks=range(len(opts)), yticklabels=opts if ax is axs[0] else [])
-    if training is not None: _plot_training(axs[-1], training); _dress(axs[-1], len(training), training.speed.max())
+    if training is not None: _plot_training(axs[-1], training); _dress(axs[-1], len(training), 1, training.speed.max())
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
     on = f"CPU, {self.machine['cores']} cores" if self.machine['device'] == 'cpu' else self.machine['gpu']
     fig.suptitle(f'How many times as fast as fastai (line at 1x, logarithmic scale): {on}')
