@@ -1,4 +1,4 @@
-"""Adam with a smaller step for a tensor whose gradients its second moment does not yet know
+"""AdamW that takes a smaller step for a tensor whose gradients have suddenly grown
 
 Docs: https://fastxtend.github.io/fastxtend_jit/stableadam.html.md"""
 

@@ -20,7 +20,7 @@ def readme():
     nb.metadata.language_info = dict(name='python')
     nb.cells = [_shown(c) for c in nb.cells]
     md,res = MarkdownExporter().from_notebook_node(nb)
-    if res['outputs']: raise ValueError("Pictures of the front page have to be files in nbs/images, so that README.md can show them too")
+    if res['outputs']: raise ValueError("Pictures of the front page have to be files, so that README.md can show them too")
     md = re.sub(r'(\]\(|(?:src|href)=")(?!\w+:|#)', r'\1nbs/', md)  # links lead from the folder of the notebook
     return re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
 
