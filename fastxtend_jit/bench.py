@@ -262,7 +262,8 @@ def _small(n):
     return ps
 
 def bare_step(
-    opt # One of our optimizers with one group, after a step
+    opt, # One of our optimizers with one group, after a step
+    **args # Arguments of the step that are to be others
 ) -> Callable:
     "What `opt` is there to call: its compiled step, over lists that are ready, with nothing around it"
     step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
@@ -270,8 +271,9 @@ def bare_step(
     given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1,
                  decouple_wd=opt.decouple_wd, flat=ps[0].is_cpu, **opt.hypers[0], **state)
     for n in step.numbers: given[n] = torch.stack(given[n])
-    args = [given.get(n, step.defaults.get(n)) for n in step.args]
-    return lambda: step.compiled(*args)
+    given |= args
+    values = [given.get(n, step.defaults.get(n)) for n in step.args]
+    return lambda: step.compiled(*values)
 
 def import_time() -> float:
     "Seconds to import `fastxtend_jit.all` in a new process that has fastai"

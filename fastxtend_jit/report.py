@@ -98,12 +98,11 @@ def compare(
 
 _key = ['model','optimizer']
 
-def _over_runs(df, *keys): return df.groupby([*keys], sort=False, as_index=False).median(numeric_only=True)
-
-def _fastest(df, *keys): return df.groupby([*keys], sort=False, as_index=False).min(numeric_only=True)
+def _over_runs(df, *keys, by='median'):
+    return getattr(df.groupby([*keys], sort=False, as_index=False), by)(numeric_only=True)
 
 def _table(cells):
-    cells = _fastest(cells, *_key, 'contestant')
+    cells = _over_runs(cells, *_key, 'contestant', by='min')
     rows = [{**dict(zip(_key, k)), **compare(d)} for k,d in cells.groupby(_key, sort=False)]
     return pd.DataFrame(rows).set_index(_key)
 

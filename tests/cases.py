@@ -66,6 +66,10 @@ def close(ours, theirs, tol, what=''):
     err,scale = (a[fin]-b[fin]).abs().max(),b[fin].abs().max()
     assert err <= tol*scale, f'{what}: differs by {err:.2e} where the largest element is {scale:.2e}'
 
+def slow(opt):
+    "Slow weights of all groups, none without a lookahead"
+    return [t for pg in getattr(opt, 'slow_weights', None) or [] for t in pg]
+
 def same_state(ours, theirs, tol):
     "Have both optimizers the same hypers and the same state, in keys, types and values?"
     assert [dict(h) for h in ours.hypers] == [dict(h) for h in theirs.hypers]

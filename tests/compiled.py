@@ -3,22 +3,14 @@
 `python -m tests.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes compiled.csv. It
 needs a C++ compiler"""
 import sys
+from copy import copy
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from fastxtend_jit.bench import _fill,interleave,models,rows
+from fastxtend_jit.bench import _fill,_plain,bare_step,interleave,models,rows
 from fastxtend_jit.trace import clock
-
-def plain_step(opt):
-    "The step of `opt` as a plain function over all tensors, without fused kernels, to be compiled"
-    step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
-    state = {n: [opt.state[p][n] for p in ps] for n in opt.state_names}
-    given = dict(params=[p.data for p in ps], grads=[p.grad for p in ps], step=10, fused=False, flat=False, decouple_wd=True, **opt.hypers[0], **state)
-    for n in step.numbers: given[n] = torch.stack(given[n])
-    args = [given.get(n, step.defaults.get(n)) for n in step.args]
-    return lambda: step.fn(*args)
 
 @torch.no_grad()
 def measure(model, optimizer, seconds=3.):
@@ -28,7 +20,9 @@ def measure(model, optimizer, seconds=3.):
     _fill(params)
     opt = rows[optimizer].make(params, True)
     for _ in range(10): opt.step()
-    compiled = torch.compile(plain_step(opt))
+    plain = copy(opt)
+    plain.opt_step = _plain(opt.opt_step)
+    compiled = torch.compile(bare_step(plain, fused=False, flat=False))
     start = now()
     compiled()
     first = now()-start

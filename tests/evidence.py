@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from fastai.basics import set_seed,to_detach
+from fastai.basics import set_seed
 from fastai.losses import CrossEntropyLossFlat
 from fastai.learner import Learner
 

@@ -36,8 +36,6 @@ def tensors(learn):
     "Parameters and the optimizer's state"
     return [*learn.model.parameters(), *(v for *_,st,_ in learn.opt.all_params() for v in st.values() if isinstance(v, Tensor)), *slow(learn.opt)]
 
-def slow(opt): return [t for pg in getattr(opt, 'slow_weights', None) or [] for t in pg]
-
 def before_batch(f): return Callback(before_batch=lambda cb: f(cb.learn) if cb.training else None)
 
 # --- Training loops and schedules

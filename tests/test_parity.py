@@ -22,8 +22,6 @@ def dev(request):
     if request.param == 'cuda' and not torch.cuda.is_available(): pytest.skip('there is no GPU')
     return request.param
 
-def slow(opt): return [t for pg in getattr(opt, 'slow_weights', None) or [] for t in pg]
-
 def check(case, tol, **kw):
     native,jit = run(case, **kw)
     if hasattr(native, 'slow_weights'): assert native.count == jit.count
