@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/12_adam.ipynb #b5f14c1e
-@jit_step(elementwise=True, check=can_debias)
+@jit_step(elementwise=True, check=can_debias, lazy=True)
 def adam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -22,7 +22,7 @@ def _can_debias(diff_mom:float, step:int, **others):
     can_debias(step=step, **others)
     debias(diff_mom, step)
 
-@jit_step(elementwise=True, check=_can_debias)
+@jit_step(elementwise=True, check=_can_debias, lazy=True)
 def adan_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -149,6 +149,7 @@ class Bucket:
         slots:list, # The parameters, with their state
         step:JitStep, # Step that they take
         fault:str='', # Why they do not get the fused form of the step, empty if they get it
+        compiled:bool=True, # Does the step run compiled, or as plain Python?
         passes:int=1, # How often the step goes through memory
         allocates:bool=True # May it allocate a tensor's memory?
     ):
@@ -158,8 +159,9 @@ class Bucket:
         self.restrided = [k for k,s in enumerate(slots) if s.grad_strides and not (key.copied or key.flat)]
         states = tuple(slots[0].state)
         columns = [_vector(slots, n) if n in step.numbers else [s.state[n] for s in slots] for n in states]
-        self.kept = [step.to_script(self.batched(ts)) for ts in ([*map(_data, slots)], *columns)]
-        self.over = step.over(states)
+        keep = step.to_script if compiled else list
+        self.kept = [keep(self.batched(ts)) for ts in ([*map(_data, slots)], *columns)]
+        self.over = step.over(states, compiled)
 
     def lists(self,
         grads:list # Gradients of all parameters, by position

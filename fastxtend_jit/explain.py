@@ -35,7 +35,7 @@ def _why(step, bucket, grads, scalars, path):
     elif 'step' in scalars and later() == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
     if bucket.key.copied: why.append(f'copies {len(bucket.slots)} gradients')
-    if not step.is_compiled: why.append('TorchScript cannot compile here')
+    if step.is_due and not step.is_compiled: why.append('TorchScript cannot compile here')
     return '; '.join(why)
 
 def _cost(r): return {'ATen calls':r.calls.total(), 'scratch, MiB':round(r.peak/2**20, 2)}
@@ -62,4 +62,5 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
     if after.calls:
         why = 'a lookahead, after the step'
         rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})
-    return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))
+    title = f"{self.opt_step.__name__}, next step{'' if plan.compiled else ', not compiled yet'}"
+    return WholeTable(pd.DataFrame(rows).rename_axis(title, axis=1))

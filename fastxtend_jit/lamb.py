@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/16_lamb.ipynb #e112f55b
-@jit_step(check=can_debias)
+@jit_step(check=can_debias, lazy=True)
 def lamb_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/15_larc.ipynb #72756d8c
-@jit_step
+@jit_step(lazy=True)
 def larc_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/18_lion.ipynb #e2946970
-@jit_step(elementwise=True)
+@jit_step(elementwise=True, lazy=True)
 def lion_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -148,6 +148,7 @@ class _Stepping(_Scalars):
         for bucket,args in zip(plan.buckets, scalars): self._run(bucket, grads, args)
         self._finish(plan)
         self._plan = plan
+        self.opt_step.uses += 1
 
     def _prepare(self):
         "The plan, gradients, and scalars for each bucket; raises if the step cannot be taken"
@@ -245,11 +246,11 @@ class JitOptimizer(_Saved):
         **defaults # Hypers and constants of `opt_step`; `False` for a state that this optimizer goes without
     ):
         step = jit_step(opt_step)
-        step.compiled  # now: a mistake in a step should show where the optimizer is made
+        if not step.lazy: step.compiled  # now: a mistake in a step should show where the optimizer is made
         super().__init__(L(params), step, decouple_wd, defaults)
         try: scalars = self._scalars(Key())
         except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
-        check_compiled(step, self.state_names, scalars, self._varying)
+        if not step.lazy: check_compiled(step, self.state_names, scalars, self._varying)
 
     @torch.no_grad()
     def zero_grad(self):

@@ -54,15 +54,17 @@ class _Sorter:
         return key,slot
 
 # %% ../nbs/02_plan.ipynb #138920e7
-def _bucket(opt, key, slots):
+def _bucket(opt, key, slots, compiled):
     "A bucket, and the structure of the step that it was made for"
     scalars,kind = opt._scalars(key),(opt.opt_step,opt.state_names)
-    check_compiled(*kind, scalars, opt._varying)
-    if key.able: fault = fused_fault(*kind, key.device, key.dtype, scalars, opt._varying)
+    if compiled: check_compiled(*kind, scalars, opt._varying)
+    if key.able: fault = fused_fault(*kind, key.device, key.dtype, scalars, opt._varying, compiled)
     elif key.mesh is None: fault = 'the parameters have gaps in memory'
     else: fault = 'the kernels take no tensors that are distributed'
-    cost = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault), opt._varying) if key.flat else ()
-    return Bucket(key, slots, opt.opt_step, fault, *cost),structure(opt.opt_step, scalars, opt._varying)
+    cost = ()
+    if key.flat and opt.opt_step.elementwise:
+        cost = count_passes(*kind, key.dtype, opt._scalars(key, fused=not fault), opt._varying)
+    return Bucket(key, slots, opt.opt_step, fault, compiled, *cost),structure(opt.opt_step, scalars, opt._varying)
 
 def _written(buckets):
     slots = sorted((s for b in buckets for s in b.slots), key=lambda s: s.position)
@@ -97,7 +99,8 @@ class Plan(_Checked):
         for i in self.with_step:
             key,slot = sorter.key_and_slot(i)
             slots.setdefault(key, []).append(slot)
-        made = [_bucket(opt, key, ss) for key,ss in slots.items()]
+        self.compiled = self.step.is_due
+        made = [_bucket(opt, key, ss, self.compiled) for key,ss in slots.items()]
         self.buckets,self.structures = [b for b,_ in made],[s for _,s in made]
         self.written = _written(self.buckets)
         self.check_apart(grads)
@@ -106,7 +109,7 @@ class Plan(_Checked):
         scalars:list # Scalar arguments of the next step, for each bucket
     ) -> bool:
         "Is the form of the step still the right one, whatever constants and hypers are now?"
-        return self.structures == [structure(self.step, s, self.vary) for s in scalars]
+        return self.compiled == self.step.is_due and self.structures == [structure(self.step, s, self.vary) for s in scalars]
 
     def addresses(self,
         grads:list # Gradients of all parameters

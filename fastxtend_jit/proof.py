@@ -10,17 +10,16 @@ __all__ = ['same_random', 'structure', 'fused_fault', 'check_compiled', 'count_p
 # %% ../nbs/02_proof.ipynb #51e761c5
 import math,warnings
 from bisect import bisect_left,bisect_right
-from contextlib import contextmanager
-from copy import deepcopy
-from itertools import chain,cycle,islice,product
+from contextlib import contextmanager,nullcontext
+from itertools import accumulate,chain,cycle,islice,product
 from threading import RLock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .script import JitStep,given
-from .trace import Rehearsal
 
 # %% ../nbs/02_proof.ipynb #cbb9ee2d
 # Batches of a trial, of several tensors and of one, with a kernel's whole vectors in them. Is the first parameter zero?
@@ -29,23 +28,34 @@ _shapes = ((((130,),(4,3),(5,)),True),(((130,),),True),(((6,22),),False))
 _picky  = ((((4,3),(3,7),(2,2)),True),(((6,2),),True),(((6,2),),False))  # for steps that refuse those
 _wary   = *((shapes,False) for shapes,_ in _picky),                      # or that refuse zeros
 
-def _batch(step, names, shapes, zero, device, dtype, first):
-    "Lists for a trial, of which the first parameter may be zero; no gradient's square vanishes"
-    def waves(k, low, high):
-        n = [torch.arange(math.prod(s), dtype=torch.float64).view(s) for s in shapes]
-        return [((low+high)/2 + (high-low)/2*torch.sin(k*(1.+x))).to(device, dtype) for x in n]
-    params = waves(0.7, -1., 1.)
-    if zero: params[0].zero_()
-    grads = [g*s.sign() for g,s in zip(waves(1.3, 0.3, 1.), waves(0.4, -1., 1.))]
-    state = []
-    for i,n in enumerate(names):
-        if n in step.numbers: state.append(torch.zeros(len(shapes), device=device, dtype=dtype))
-        else:                 state.append([torch.zeros_like(p) if first else p for p in waves(0.9+i/10, 0.2, 0.8)])
-    return params,grads,*state
+def _waves(n, states):
+    "Rows of `n` numbers: parameters, gradients of which no square vanishes, and states"
+    x = 1. + torch.arange(n, dtype=torch.float64, device='cpu')
+    wave = lambda k, low, high: (low+high)/2 + (high-low)/2*torch.sin(k*x)
+    return torch.stack([wave(0.7, -1., 1.), wave(1.3, 0.3, 1.)*wave(0.4, -1., 1.).sign(),
+                        *(wave(0.9+i/10, 0.2, 0.8) for i in range(states))])
 
-def _lists(step, names, batches, *args):
-    "Each list, as a list of batches"
-    return [*map(list, zip(*(_batch(step, names, *b, *args) for b in batches)))]
+def _room(shape): return -(-math.prod(shape)//16)*16  # elements between two tensors, aligned as kernels like it
+
+class _Tensors:
+    "Lists of tensors for a step, as batches, all in one piece of `memory` with a row a list"
+    def __init__(self, step, names, batches, memory):
+        self.memory,self.lists,self.names,self.all = memory,[],[],[]
+        for n,row in zip(('params','grads',*names), memory):
+            starts,column = iter([0,*accumulate(_room(s) for shapes,_ in batches for s in shapes)]),[]
+            for shapes,_ in batches:
+                at = [next(starts) for _ in shapes]
+                if n in step.numbers: batch = row[at[0]:at[0]+len(shapes)]
+                else: batch = [row[k:k+math.prod(s)].view(s) for s,k in zip(shapes, at)]
+                column.append(batch)
+                new = [batch] if n in step.numbers else batch
+                self.all += new
+                self.names += [n]*len(new)
+            self.lists.append(column)
+
+    def __call__(self, run, scalars):
+        "Take a step"
+        run(*([b if isinstance(b, Tensor) else [*b] for b in column] for column in self.lists), *scalars.values())
 
 # %% ../nbs/02_proof.ipynb #47a60bc6
 def _trials(scalars):
@@ -69,43 +79,54 @@ def same_random(
 def _apart(device):
     "Nothing that goes on around it sees or changes what is done in here"
     threads = torch.get_num_threads()
-    on_cpu,no_modes = torch.device('cpu'),_disable_current_modes()
-    with no_modes, torch.inference_mode(False), torch.no_grad(), on_cpu, same_random(device):
-        try:
-            torch.set_num_threads(1)
-            yield
-        finally: torch.set_num_threads(threads)
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
+        # a default device is a mode that slows down every call
+        with nullcontext() if torch.empty(0).is_cpu else torch.device('cpu'):
+            try:
+                torch.set_num_threads(1)
+                yield
+            finally: torch.set_num_threads(threads)
 
 # %% ../nbs/02_proof.ipynb #5b274761
-def _flat(batches): return [t for b in batches for t in ([b] if isinstance(b, Tensor) else b)]
-
 class _Trial:
-    "Small tensors of one kind, on which steps are taken from the same state"
-    def __init__(self, step, names, shapes, device, dtype):
-        batches = lambda n: shapes if n in step.numbers else [s for b,_ in shapes for s in b]
-        self.names = [n for n in ('params','grads',*names) for _ in batches(n)]
-        self.lists = {first: _lists(step, names, shapes, device, dtype, first) for first in (True,False)}
+    "Small tensors of one kind, on which two forms of a step start from the same state"
+    def __init__(self, step, names, batches, device, dtype):
+        start = _waves(sum(_room(s) for shapes,_ in batches for s in shapes), len(names)).to(device, dtype)
+        lists = lambda memory: _Tensors(step, names, batches, memory)
+        self.start = lists(start)
+        for (_,zero),params in zip(batches, self.start.lists[0]):
+            if zero: params[0].zero_()
+        for n,row in zip(names, start[2:]):
+            if n in step.numbers: row.zero_()
+        self.first = start.clone()  # before the first step there are no averages
+        self.first[2:] = 0.
+        self.results = [lists(torch.empty_like(start)) for _ in range(2)]
+        self.apart,self.right = [lists(torch.empty(start.shape, dtype=torch.float64, device='cpu')) for _ in range(2)]
         self.seed = torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed
         self.moved = False
 
-    def outcome(self, run, scalars, first):
-        "Parameters, gradients and state after a step, in float64 on the CPU"
+    def run(self, form, run, scalars, first):
+        "Take a step with form 0, which is to be tried, or 1, which is right"
+        self.results[form].memory.copy_(self.first if first else self.start.memory)
         self.seed(0)
-        lists = deepcopy(self.lists[first])
-        run(*lists, *scalars.values())
-        moved = lambda x,y: x.isfinite().all() and not torch.equal(x, y)
-        self.moved = self.moved or any(map(moved, lists[0][0], self.lists[first][0][0]))
-        return [t.cpu().double() for t in chain.from_iterable(map(_flat, lists))]
+        self.results[form](run, scalars)
 
-    def differs(self, a, b, tol, tiny=0., grads=True):
-        "Name of the first list in which an element of `a` is not as in `b`, relative to the largest of its tensor"
-        off,size = (torch.stack(torch._foreach_norm(ts, math.inf)) for ts in (torch._foreach_sub(a, b), b))
-        if (off <= tol*size + tiny).all(): return
-        for n,x,y in zip(self.names, a, b):
+    def differs(self, tol, tiny=0., grads=True):
+        "Name of the first list in which an element is not right, relative to the largest of its tensor"
+        self.moved = self.moved or self._has_moved()
+        self.right.memory.copy_(self.results[1].memory)
+        self.apart.memory.copy_(self.results[0].memory).sub_(self.right.memory)
+        off,size = (torch.stack(torch._foreach_norm(o.all, math.inf)) for o in (self.apart,self.right))
+        if (off <= tol*size + tiny).all() and size.isfinite().all(): return
+        for n,d,y in zip(self.right.names, self.apart.all, self.right.all):
             if n == 'grads' and not grads: continue
             fin = y.isfinite()
-            if not torch.equal(x.isfinite(), fin): return n
-            if fin.any() and not (x-y)[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
+            if not torch.equal(d.isfinite(), fin): return n
+            if fin.any() and not d[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
+
+    def _has_moved(self):
+        moved = lambda x,y: x.isfinite().all() and not torch.equal(x, y)
+        return any(map(moved, *(chain(*o.lists[0]) for o in (self.results[1],self.start))))
 
 # %% ../nbs/02_proof.ipynb #8b755801
 _bounds = 0.,0.5,1.  # at which formulas change: no decay, no momentum, the whole average
@@ -131,18 +152,19 @@ def fused_fault(
     device:torch.device, # Where it is to run
     dtype:torch.dtype, # Of parameters, gradients and state
     scalars:dict, # Scalar arguments as they are now
-    vary:tuple=() # Names of those that are true or false from step to step
+    vary:tuple=(), # Names of those that are true or false from step to step
+    compiled:bool=True # Is it to run compiled, or as plain Python?
 ) -> str:
     "Why the fused form of `step` is not to be used, empty if it takes the plain form's steps. Tried once"
     if 'fused' not in step.args: return 'the step has no fused form'
     kind = structure(step, scalars, vary),scalars.get('flat'),scalars.get('slow_numbers')
-    key = step,state_names,device,dtype,kind
+    key = step,state_names,device,dtype,kind,compiled
     # a fault may come from odd hypers, and holds for these alone
     odd = *key,tuple(v for n,v in scalars.items() if step.scalars[n] is float and n not in ('lr','mom'))
     with _lock:
         for k in (key,odd):
             if k in _faults: return _faults[k]
-        fault,tell,tried = _find_fault(*key[:-1], scalars, vary)
+        fault,tell,tried = _find_fault(step, state_names, device, dtype, scalars, vary, compiled)
         if tried: _faults[odd if fault else key] = fault
         if tell: warnings.warn(f"`{step.__name__}` does without fused kernels on {device} in {str(dtype)[6:]}: "
                                f"{fault}. Its plain form runs there, with the right numbers but more slowly. "
@@ -155,7 +177,7 @@ def _flags(vary):
     every = [dict(zip(vary, o)) for o in product((True,False), repeat=len(vary))]
     return [f for f in every if not (f.get('flat') and f.get('slow_numbers'))]
 
-def _find_fault(step, names, device, dtype, scalars, vary):
+def _find_fault(step, names, device, dtype, scalars, vary, compiled):
     "Why not, whether that deserves a warning, and whether anything could be tried"
     missing = f'no fused kernel for {str(dtype)[6:]} on {device.type}'
     try:
@@ -166,7 +188,7 @@ def _find_fault(step, names, device, dtype, scalars, vary):
     # as is promised for 25 steps, in which a β of 0.999 is rounded to float32; in 16 bits a few roundings, and a few
     # of the smallest numbers that there are
     tol,tiny = {torch.float64:1e-11, torch.float32:3e-5}.get(dtype, 8*info.eps),8*info.eps*info.smallest_normal
-    compiled,plain = step.over(names),step.over(names, compiled=False)
+    as_it_runs,plain = step.over(names, compiled),step.over(names, compiled=False)
     with _apart(device):
         for shapes in (_shapes,_picky,_wary):
             trial = _Trial(step, names, shapes, device, dtype)
@@ -174,17 +196,25 @@ def _find_fault(step, names, device, dtype, scalars, vary):
                 s |= flags
                 try:
                     if step.check: step.check(**s)
-                    right = trial.outcome(plain, {**s, 'fused':False}, first)
+                    trial.run(1, plain, {**s, 'fused':False}, first)
                 except Exception: continue  # a step that cannot be taken on such tensors proves nothing
-                try: fused = trial.outcome(compiled, {**s, 'fused':True}, first)
+                try: trial.run(0, as_it_runs, {**s, 'fused':True}, first)
                 except Exception: return missing,True,True
-                if n := trial.differs(fused, right, tol, tiny, grads=False):
+                if n := trial.differs(tol, tiny, grads=False):
                     return f'fused kernels for {str(dtype)[6:]} on {device.type} give other numbers for `{n}`',True,True
             if trial.moved: return '',False,True
     return '',False,False
 
 # %% ../nbs/02_proof.ipynb #932cd6d8
 _proved = set()
+
+def _refuse(step, name):
+    "The compiled `step` gives another list `name`: an error, but for a lazy step, which goes on as plain Python"
+    what = f"Compiled by TorchScript, `{step.__name__}` computes other `{name}` than as plain Python"
+    if step.lazy: return step.stay_plain(what)
+    raise RuntimeError(f"{what}. TorchScript drops an in-place call on a list that the step itself makes (a literal, "
+                       "a slice, a comprehension) if nothing reads that list afterwards: change lists that come "
+                       "in as arguments, or single tensors by their methods, such as `add_`.")
 
 def check_compiled(
     step:JitStep, # Step
@@ -201,29 +231,33 @@ def check_compiled(
             trial,flags = _Trial(step, state_names, shapes, cpu, torch.float64),_flags(vary)
             for (s,first),f in islice(zip(cycle(_trials(scalars)), cycle(flags)), max(6, len(flags))):
                 s = {**s, **f}
-                try: compiled,plain = (trial.outcome(run, s, first) for run in both)
+                try:
+                    for form,run in enumerate(both): trial.run(form, run, s, first)
                 except Exception: continue  # what cannot take a step on such tensors proves nothing
-                if n := trial.differs(compiled, plain, 1e-12):
-                    raise RuntimeError(
-                        f"Compiled by TorchScript, `{step.__name__}` computes other `{n}` than as plain Python. "
-                        "TorchScript drops an in-place call on a list that the step itself makes (a literal, "
-                        "a slice, a comprehension) if nothing reads that list afterwards: change lists that come "
-                        "in as arguments, or single tensors by their methods, such as `add_`.")
+                if n := trial.differs(1e-12): return _refuse(step, n)
             if trial.moved: _proved.add(key); return
 
 # %% ../nbs/02_proof.ipynb #0c8fcb97
 _passes = {}
 
-def _rehearsed(step, names, dtype, scalars, given):
-    "Passes of a step, and whether it may allocate a tensor's memory; many and yes if it cannot be taken"
-    scalars = {n: given.get(n, v) for n,v in scalars.items()}
-    with Rehearsal() as r:
-        lists = _lists(step, names, _shapes[1:2], torch.device('cpu'), dtype, False)
-        r.restart()
-        try: step.over(names, compiled=False)(*lists, *scalars.values())
-        except Exception: return 1<<62,True
-    fused,others = (sum(k for n,k in r.calls.items() if n.startswith(kind)) for kind in ('_fused_','_foreach_'))
-    return fused+others or 1<<62,others > 0 or r.peak >= 130
+class _Kernels(TorchFunctionMode):
+    "Counts kernels for lists that are called from Python, and sees whether a tensor's memory may be allocated"
+    def __init__(self): super().__init__(); self.passes,self.allocates = 0,False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        res,name = func(*args, **(kwargs or {})),getattr(func, '__name__', '')
+        new = res if isinstance(res, (list,tuple)) else [res]
+        self.passes += name.startswith(('_fused_','_foreach_'))
+        self.allocates |= name.startswith('_foreach_') or any(isinstance(t, Tensor) and t.numel() >= 130 for t in new)
+        return res
+
+def _seen(step, names, dtype, scalars, given):
+    "Passes of a step, and whether it may allocate a tensor's memory; many and yes if that cannot be seen"
+    tensors = _Tensors(step, names, _shapes[1:2], _waves(_room((130,)), len(names)).to(dtype))
+    try:
+        with _Kernels() as seen: tensors(step.over(names, compiled=False), {n: given.get(n, v) for n,v in scalars.items()})
+    except Exception: return 1<<62,True
+    return (seen.passes,seen.allocates) if seen.passes else (1<<62,True)
 
 def count_passes(
     step:JitStep, # Step
@@ -237,6 +271,6 @@ def count_passes(
     if key not in _passes:
         kinds = dict(step=8, lookahead=False),dict(step=1, lookahead=False),dict(step=8, lookahead=True)
         with _lock,_apart(torch.device('cpu')):
-            passes,allocates = zip(*(_rehearsed(step, state_names, dtype, scalars, k) for k in kinds))
+            passes,allocates = zip(*(_seen(step, state_names, dtype, scalars, k) for k in kinds))
         _passes[key] = passes[0],any(allocates)
     return _passes[key]

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/14_qhadam.ipynb #c8e698ce
-@jit_step(elementwise=True, check=can_debias)
+@jit_step(elementwise=True, check=can_debias, lazy=True)
 def qhadam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitLookahead
 from .script import jit_step
 
 # %% ../nbs/17_ranger.ipynb #9516dc53
-@jit_step(elementwise=True, check=can_debias)
+@jit_step(elementwise=True, check=can_debias, lazy=True)
 def ranger_jit_step(
     params:List[Tensor], # Parameters: the fast weights, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/11_rmsprop.ipynb #fcfc0c5d
-@jit_step(elementwise=True)
+@jit_step(elementwise=True, lazy=True)
 def rmsprop_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -18,7 +18,7 @@ from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/10_sgd.ipynb #d293ac5a
-@jit_step(elementwise=True)
+@jit_step(elementwise=True, lazy=True)
 def sgd_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

@@ -40,7 +40,7 @@ def _smaller(lr:float, rms:Tensor):
     return rms.reciprocal_().mul_(lr)
 
 # %% ../nbs/18_stableadam.ipynb #12a1507e
-@jit_step(check=can_debias)
+@jit_step(check=can_debias, lazy=True)
 def stableadam_jit_step(
     params:List[Tensor], # Parameters, whole, updated in place
     grads:List[Tensor], # Gradients

@@ -41,6 +41,10 @@ class Calls(TorchDispatchMode):
     def run(self, name, func, args, kwargs): return func(*args, **kwargs)
     def seen(self, name, func, args, kwargs, res): "What comes after a call"
 
+    # of PyTorch 2.13 and later: do not import torch._dynamo, which takes more than a second
+    @classmethod
+    def _should_skip_dynamo(cls): return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         (name,computes),kwargs = _about(func),kwargs or {}
         res = self.run(name, func, args, kwargs)

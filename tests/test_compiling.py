@@ -1,0 +1,100 @@
+"When steps are compiled, and that nobody notices"
+import threading,warnings
+from typing import List
+
+import pytest
+import torch
+from torch import Tensor,nn
+
+from fastxtend_jit import proof,script
+from fastxtend_jit.script import JitStep,as_written
+from tests.cases import *
+
+every = pytest.mark.parametrize('case', ALL, ids=str)
+
+def adds(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-lr)
+def drops(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params[:], grads, alpha=-lr)
+def mistaken(params:List[Tensor], grads:List[Tensor], lr:float):
+    for p,g in zip(params, grads): p.sub_(g, alpha=lr) if p.dim() else None  # TorchScript has no such expression
+    torch._foreach_add_(*[params, grads], **dict(alpha=0.))
+
+def trained(step, steps):
+    "An optimizer of one parameter after some steps, of 0.1 each, and the warnings that it gave"
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        opt = JitOptimizer([p], step, lr=0.1)
+        for _ in range(steps): opt.step()
+    assert p.tolist() == pytest.approx([1-0.1*steps]*2)
+    return opt,[str(w.message) for w in told]
+
+def is_compiled(step): return isinstance(vars(step).get('compiled'), torch.jit.ScriptFunction)
+
+def test_lazy(monkeypatch):
+    "It is compiled after so many steps, of all optimizers together, by one new plan for each"
+    monkeypatch.setattr(script, 'compile_after', 5)
+    step = JitStep(adds, lazy=True)
+    first,told = trained(step, 3)
+    plan = first._plan
+    assert not told and 'compiled' not in vars(step) and 'not compiled yet' in str(first.explain())
+    second,_ = trained(step, 2)
+    assert 'compiled' not in vars(step)
+    for opt in (first,second):
+        opt.step()
+        assert is_compiled(step) and opt._plan.compiled and 'not compiled yet' not in str(opt.explain())
+        plan = opt._plan
+        opt.step()
+        assert opt._plan is plan
+
+def test_eager(monkeypatch):
+    "A step of one's own is compiled when the optimizer is made"
+    monkeypatch.setattr(script, 'compile_after', 5)
+    assert is_compiled(trained(JitStep(adds), 0)[0].opt_step)
+    with pytest.raises(RuntimeError, match='in-place call on a list'): trained(JitStep(drops), 0)
+
+@pytest.mark.parametrize('fn,why', [(drops,'computes other `params`'), (mistaken,'')], ids=lambda o: getattr(o, '__name__', None))
+def test_lazy_step_that_cannot_be_compiled(fn, why, monkeypatch):
+    "It goes on as plain Python, with a warning: training is not the time for an error"
+    monkeypatch.setattr(script, 'compile_after', 2)
+    step = JitStep(fn, lazy=True)
+    opt,told = trained(step, 5)
+    assert len(told) == 1 and f'`{fn.__name__}` goes on as plain Python' in told[0] and why in told[0]
+    assert not step.is_compiled and 'TorchScript cannot compile here' in opt.explain()['why not faster'][0]
+    assert not trained(step, 3)[1]
+
+def test_ours_are_lazy():
+    for case in ALL: assert case.step.lazy, case
+
+@every
+def test_second_optimizer_tries_nothing(case, monkeypatch):
+    "Another one of the kind, a group more, or another training, finds the verdicts of the first"
+    runs = []
+    real = proof._Trial.run
+    monkeypatch.setattr(proof._Trial, 'run', lambda *args: runs.append(args) or real(*args))
+    for faults in ('_faults','_passes'): monkeypatch.setattr(proof, faults, {})
+    monkeypatch.setattr(proof, '_proved', set())
+    def train(n_groups):
+        ps = [nn.Parameter(torch.ones(3,4)) for _ in range(n_groups)]
+        opt = case.make([[p] for p in ps], True)
+        for _ in range(7):
+            for p in ps: p.grad = torch.ones_like(p)
+            opt.step()
+    train(1)
+    first = len(runs)
+    train(2)
+    train(1)
+    assert 0 < first <= 60 and len(runs) == first
+
+def test_written_code_runs():
+    "Without TorchScript's optimizer, in this thread alone and only while a step runs"
+    flag,seen = torch._C._get_graph_executor_optimize,[]
+    with as_written():
+        thread = threading.Thread(target=lambda: seen.append(flag()))
+        thread.start()
+        thread.join()
+        seen.append(flag())
+    assert seen == [True,False] and flag()
+    step = JitStep(adds)
+    with pytest.raises(RuntimeError): step([torch.ones(2)], [torch.ones(3)], 0.1)
+    assert flag()
