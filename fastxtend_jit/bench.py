@@ -6,7 +6,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/bench.html.md"""
 
 # %% auto #0
 __all__ = ['models', 'rows', 'eight', 'Row', 'Timing', 'timing', 'interleave', 'bytes_moved', 'flat_adamw', 'time_cell',
-           'time_training', 'bare_step', 'import_time', 'time_engine', 'main']
+           'time_training', 'bare_step', 'import_time', 'time_engine', 'written', 'main']
 
 # %% ../nbs/30_bench.ipynb #274f76eb
 import gc,importlib.util,inspect,random,subprocess,sys
@@ -21,6 +21,7 @@ from torch import nn,optim
 from fastcore.script import call_parse
 
 from .all import *
+from .cold import time_cold
 from .report import PLAIN,Report,compare,machine,variants
 from .script import JitStep
 from .trace import aten_calls,clock,peak_memory
@@ -321,6 +322,15 @@ def time_engine(
     add('import of fastxtend_jit.all after fastai, s', *np.divide(timing([import_time() for _ in range(3)]), 1000))
     return pd.DataFrame(res)
 
+# %% ../nbs/30_bench.ipynb #cf256613
+def written(
+    row:Row # An optimizer
+) -> dict:
+    "Factories of fastai's and ours, as they are written after `import *`"
+    args = ''.join(f', {k}={v!r}' for k,v in row.kw.items())
+    write = lambda f: f'partial({f.__name__}{args})' if args else f.__name__
+    return dict(fastai=write(row.native or Adam), ours=write(row.jit))
+
 # %% ../nbs/30_bench.ipynb #015192b6
 def _measure(name, optimizers, parts, device, seconds, channels_last):
     "Measure one model: for each part the columns of its table, and a line that tells of them"
@@ -348,15 +358,18 @@ def _measure(name, optimizers, parts, device, seconds, channels_last):
         yield ('training', dict(model=[name], **fastai.columns('fastai'), **ours.columns('ours'), speed=speed),
                f"{name:10} training with Adam: {ours.median:.2f} ms a batch, {speed:.2f}x fastai")
 
-def _run(models, optimizers, parts, **options):
+def _run(models, optimizers, parts, rounds, **options):
     "A whole run"
     for name in models:
         yield from _measure(name, optimizers, parts, **options)
         gc.collect()
     if 'engine' in parts: yield 'engine',time_engine(options['seconds']),'the engine'
+    cold = {o: written(rows[o]) for o in optimizers if o not in variants}
+    if 'cold' in parts and cold:
+        yield 'cold',time_cold(cold, rounds, progress=partial(print, flush=True)),'the cold start'
 
 # %% ../nbs/30_bench.ipynb #98ba5f9c
-_choices = dict(model=models, optimizer=rows, part=('cells','training','engine'))
+_choices = dict(model=models, optimizer=rows, part=('cells','training','engine','cold'))
 
 def _pick(what, names):
     known = _choices[what]
@@ -374,7 +387,8 @@ def main(
     seconds:float=3., # Seconds to time each cell for, at least
     threads:int=0, # Threads of PyTorch; 0 for as many as it takes by itself
     channels_last:bool=False, # Lay out images and the weights of convolutions in channels_last format?
-    parts:str='all', # What to measure: some of cells,training,engine
+    parts:str='all', # What to measure: some of cells,training,engine,cold
+    rounds:int=3, # Processes for each contestant of the part cold
     repeat:int=1, # Whole runs, to see by how much they differ
     out:str='bench' # Folder for the figures (CSV, JSON) and the chart (PNG)
 ):
@@ -388,9 +402,10 @@ def main(
     options,now,found,done = dict(device=device, seconds=seconds, channels_last=channels_last),clock(),{},count(1)
     info,start = {**machine(), **options},now()
     print(Report(machine=info).where(), flush=True)
-    total = repeat*(len(names)*(len(opts)*('cells' in parts) + ('training' in parts)) + ('engine' in parts))
+    once = ('engine' in parts) + ('cold' in parts and any(o not in variants for o in opts))
+    total = repeat*(len(names)*(len(opts)*('cells' in parts) + ('training' in parts)) + once)
     for run in range(1, repeat+1):
-        for part,d,line in _run(names, opts, parts, **options):
+        for part,d,line in _run(names, opts, parts, rounds, **options):
             found.setdefault(part, []).append(pd.DataFrame(dict(run=run, **d)))
             print(f'{now()-start:4.0f} s  {next(done):2}/{total}  {line}', flush=True)
     report = Report(**{part: pd.concat(ds, ignore_index=True) for part,ds in found.items()}, machine=info)
