@@ -23,7 +23,7 @@ from fastcore.script import call_parse
 from .all import *
 from .cold import time_cold
 from .report import PLAIN,Report,compare,machine,variants
-from .script import JitStep
+from .script import JitStep,as_written,compile_after
 from .trace import aten_calls,clock,peak_memory
 from fastai.callback.core import Callback,CancelFitException,CancelValidException
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,OptimWrapper,ranger
@@ -64,6 +64,11 @@ def _plain(step):
 # %% ../nbs/30_bench.ipynb #74921b2c
 _lr,_wd = 1e-6,0.01
 
+def _warm(opt):
+    "`opt`, whose step runs compiled from the first on, as any does after many"
+    if isinstance(opt, JitOptimizer): opt.opt_step.uses += compile_after
+    return opt
+
 @dataclass
 class Row:
     "An optimizer to measure: fastai's, ours, and those with the same maths elsewhere"
@@ -79,7 +84,7 @@ class Row:
         ours:bool # Ours, or fastai's?
     ):
         "The optimizer over `params`"
-        return (self.jit if ours else self.native)(params, lr=_lr, **{'wd':_wd, **self.kw})
+        return _warm((self.jit if ours else self.native)(params, lr=_lr, **{'wd':_wd, **self.kw}))
 
     def contestants(self,
         params:list # Parameters
@@ -250,7 +255,7 @@ def time_training(
     dl = DataLoader([batch]*10_000, bs=None, num_workers=0)
     learn = Learner(DataLoaders(dl, dl, device=batch[0].device), model, loss_func=CrossEntropyLossFlat(), lr=_lr)
     opts = {}
-    for n,learn.opt_func in opt_funcs.items(): learn.create_opt(); opts[n] = learn.opt
+    for n,learn.opt_func in opt_funcs.items(): learn.create_opt(); opts[n] = _warm(learn.opt)
     turns = _Turns(opts, seconds)
     with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=turns)
     return {n: timing(ts[2:]) for n,ts in turns.times.items()}
@@ -274,7 +279,9 @@ def bare_step(
     for n in step.numbers: given[n] = torch.stack(given[n])
     given |= args
     values = [given.get(n, step.defaults.get(n)) for n in step.args]
-    return lambda: step.compiled(*values)
+    def call():
+        with as_written(): step.compiled(*values)
+    return call
 
 def import_time() -> float:
     "Seconds to import `fastxtend_jit.all` in a new process that has fastai"
@@ -294,8 +301,8 @@ def time_engine(
     def us(**fs):
         for f in [*fs.values()]*3: f()
         return {n: np.multiply(t, 1000) for n,t in interleave(fs, seconds/6).items()}
-    step = lambda ps: adam_jit(ps, lr=_lr).step
-    def bare(ps): opt = adam_jit(ps, lr=_lr); opt.step(); return bare_step(opt)
+    step = lambda ps: _warm(adam_jit(ps, lr=_lr)).step
+    def bare(ps): opt = _warm(adam_jit(ps, lr=_lr)); opt.step(); return bare_step(opt)
     small,ps = [*models['many_small'][0]().parameters()],_small(1000)
     _fill(small)
 

@@ -19,6 +19,7 @@ from torch import nn
 from . import explain  # the method
 from .check import WholeTable
 from .learner import counterparts,structural_args
+from .script import compile_after
 
 # %% ../nbs/23_selfcheck.ipynb #af20aab8
 _switches = structural_args | dict(beta=(0.,50.), nu_1=(0.7,1.,0.3), nu_2=(1.,0.8))
@@ -58,7 +59,7 @@ def _train(factory, given, dtype, device, steps):
     opt.state[ps[1]]['do_wd'] = False
     step = getattr(opt, 'opt_step', None)  # ours takes the first half of the steps as plain Python, then compiled
     for i in range(steps):
-        if step: step.lazy,step.uses = i < steps//2,0
+        if step: step.uses = 0 if i < steps//2 else compile_after
         opt.set_hypers(lr=[0.01*(1+i%7),0.02], mom=0.95 - 0.1*i/steps)
         for p in ps: p.grad = draw(p.shape)
         opt.step()
