@@ -17,7 +17,7 @@ from threading import RLock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes,_get_current_dispatch_mode
 
 from .script import JitStep,given
 
@@ -63,9 +63,9 @@ def _trials(scalars):
     lr = scalars.get('lr', 0.)
     if not 1e-8 < abs(lr) < 10: lr = 0.01  # with 0 nothing is tried
     if 'lr' in scalars: scalars = {**scalars, 'lr':lr}
-    early = (1,5,6,7,1000,2**25) if 'step' in scalars else (1,8)
-    scheduled = dict(lr=lr/25, mom=0.95),dict(lr=lr, mom=0.85),dict(lr=lr/1e5, mom=0.95)
-    for hypers in [dict(step=n) for n in early] + [dict(step=8, **o) for o in scheduled]:
+    scheduled = dict(lr=lr/1e5, mom=0.95),dict(lr=lr/25, mom=0.95),dict(lr=lr, mom=0.85)
+    early = [dict(step=n) for n in ((1,5,6) if 'step' in scalars else (1,8))]
+    for hypers in early + [dict(step=n, **o) for n,o in zip((7,1000,2**25), scheduled)]:
         yield {n: hypers.get(n, v) for n,v in scalars.items()},hypers['step'] == 1
 
 def same_random(
@@ -75,11 +75,15 @@ def same_random(
     if device.type in ('cpu','meta'): return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
+def _no_modes():
+    "A context without modes of dispatch; PyTorch's own imports something, and so is left out where there are none"
+    return nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
+
 @contextmanager
 def _apart(device):
     "Nothing that goes on around it sees or changes what is done in here"
     threads = torch.get_num_threads()
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
+    with _no_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
         # a default device is a mode that slows down every call
         with nullcontext() if torch.empty(0).is_cpu else torch.device('cpu'):
             try:
@@ -182,7 +186,7 @@ def _find_fault(step, names, device, dtype, scalars, vary, compiled):
     missing = f'no fused kernel for {str(dtype)[6:]} on {device.type}'
     try:
         if device.type == 'meta': return missing,False,True
-        with _disable_current_modes(): torch.empty(0, device=device)
+        with _no_modes(): torch.empty(0, device=device)
     except (RuntimeError,AssertionError): return missing,False,False  # fake tensors, on a device that is not there
     info = torch.finfo(dtype)
     # as is promised for 25 steps, in which a β of 0.999 is rounded to float32; in 16 bits a few roundings, and a few
@@ -251,11 +255,11 @@ class _Kernels(TorchFunctionMode):
         self.allocates |= name.startswith('_foreach_') or any(isinstance(t, Tensor) and t.numel() >= 130 for t in new)
         return res
 
-def _seen(step, names, dtype, scalars, given):
+def _seen(step, names, dtype, scalars):
     "Passes of a step, and whether it may allocate a tensor's memory; many and yes if that cannot be seen"
     tensors = _Tensors(step, names, _shapes[1:2], _waves(_room((130,)), len(names)).to(dtype))
     try:
-        with _Kernels() as seen: tensors(step.over(names, compiled=False), {n: given.get(n, v) for n,v in scalars.items()})
+        with _Kernels() as seen: tensors(step.over(names, compiled=False), scalars)
     except Exception: return 1<<62,True
     return (seen.passes,seen.allocates) if seen.passes else (1<<62,True)
 
@@ -270,7 +274,8 @@ def count_passes(
     key = step,state_names,dtype,scalars.get('fused'),structure(step, scalars, vary)
     if key not in _passes:
         kinds = dict(step=8, lookahead=False),dict(step=1, lookahead=False),dict(step=8, lookahead=True)
+        kinds = {tuple({**scalars, **{n:v for n,v in k.items() if n in scalars}}.items()): None for k in kinds}
         with _lock,_apart(torch.device('cpu')):
-            passes,allocates = zip(*(_seen(step, state_names, dtype, scalars, k) for k in kinds))
+            passes,allocates = zip(*(_seen(step, state_names, dtype, dict(k)) for k in kinds))
         _passes[key] = passes[0],any(allocates)
     return _passes[key]
