@@ -23,7 +23,7 @@ from fastcore.script import call_parse
 from .all import *
 from .cold import time_cold
 from .report import PLAIN,Report,compare,machine,variants
-from .script import JitStep,as_written,compile_after
+from .script import JitStep,compile_after
 from .trace import aten_calls,clock,peak_memory
 from fastai.callback.core import Callback,CancelFitException,CancelValidException
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,OptimWrapper,ranger
@@ -279,9 +279,7 @@ def bare_step(
     for n in step.numbers: given[n] = torch.stack(given[n])
     given |= args
     values = [given.get(n, step.defaults.get(n)) for n in step.args]
-    def call():
-        with as_written(): step.compiled(*values)
-    return call
+    return lambda: step.compiled(*values)
 
 def import_time() -> float:
     "Seconds to import `fastxtend_jit.all` in a new process that has fastai"
