@@ -25,7 +25,7 @@ $(VENV)/.dev: settings.ini setup.py pyproject.toml
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, and compare
-	$(BIN)/python -m tests.demo
+	$(BIN)/python -m tests.tools.demo
 
 test: $(VENV)/.dev ## run the notebooks and the tests: optimizers, the demo in a small setting, whether all is in step
 	time OMP_NUM_THREADS=1 nbdev-test --timing
@@ -38,7 +38,7 @@ fuzz: $(VENV)/.dev ## look for differences from fastai for longer: FASTXTEND_FUZ
 	FASTXTEND_FUZZ=$${FASTXTEND_FUZZ:-2000} python -m pytest tests/test_fuzz.py -q
 
 readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
-	python -m tests.readme
+	python -m tests.tools.readme
 
 dist: $(VENV)/.dev ## build the packages for PyPI into dist/
 	pip install --quiet build

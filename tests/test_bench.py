@@ -10,7 +10,7 @@ from fastxtend_jit import bench
 from fastxtend_jit.all import *
 from fastxtend_jit.bench import *
 from fastxtend_jit.report import *
-from tests.targets import main as check_targets,targets
+from tests.tools.targets import main as check_targets,targets
 
 MS = dict(fastai=20., ours=10., limit=7.)
 

@@ -11,7 +11,7 @@ from fastxtend_jit import script
 from fastxtend_jit.bench import rows
 from fastxtend_jit.trace import Launches
 from tests.cases import *
-from tests.launches import cuda_launches,pytorch,with_grads,xresnet_shapes
+from tests.tools.launches import cuda_launches,pytorch,with_grads,xresnet_shapes
 
 @pytest.fixture
 def fake_cuda(request):

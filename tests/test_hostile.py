@@ -183,7 +183,7 @@ def test_nothing_grows(case):
 @cases
 @pytest.mark.parametrize('relay', [False,True])
 def test_scratch(case, relay, monkeypatch):
-    "Steps allocate a few batches' memory at most, not the model's: this is `tests.memory` in small. Gradients lie as they like"
+    "Steps allocate a few batches' memory at most, not the model's: this is `tests.tools.memory` in small. Gradients lie as they like"
     for m in (bucket,plan): monkeypatch.setattr(m, 'batch_size', 2**13)
     ps = [nn.Parameter(torch.randn(64,128)) for _ in range(40)]
     opt = case.make(ps, True)

@@ -24,7 +24,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastxtend_jit import script,selfcheck
 from fastxtend_jit.all import JitOptimizer,adam_jit_step,sgd_jit,sgd_jit_step
-from tests.readme import readme,root
+from tests.tools.readme import readme,root
 
 NBS   = sorted(nbglob(root/'nbs', as_path=True))
 pages = pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
@@ -59,7 +59,7 @@ def test_readme(): assert (root/'README.md').read_text() == readme(), "run `make
 
 def test_front_page_runs(tmp_path, monkeypatch):
     "README's code runs as it stands, on small data in place of the reader's"
-    from tests.demo import table
+    from tests.tools.demo import table
     monkeypatch.chdir(tmp_path)
     scope = {'dls': table(64)[0]}
     blocks = re.findall(r'^```python\n(.*?)^```', (root/'README.md').read_text(), re.M|re.S)

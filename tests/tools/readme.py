@@ -1,11 +1,11 @@
-"README.md from nbs/index.ipynb: `python -m tests.readme` writes it, `make test` compares"
+"README.md from nbs/index.ipynb: `python -m tests.tools.readme` writes it, `make test` compares"
 import re
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
 
-root = Path(__file__).parent.parent
+root = Path(__file__).parent.parent.parent
 
 def _shown(c):
     "A cell without directives; one whose code is not to be seen, as what it printed in Markdown"

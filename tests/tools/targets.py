@@ -1,6 +1,6 @@
 """What this project set out to reach on a CPU, and whether a run of the benchmark shows it
 
-`python -m tests.targets nbs/performance` reads the figures that `python -m fastxtend_jit.bench` has left in a folder, and
+`python -m tests.tools.targets nbs/performance` reads the figures that `python -m fastxtend_jit.bench` has left in a folder, and
 prints a table. Its status is 1 if a target is missed"""
 import sys
 

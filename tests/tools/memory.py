@@ -1,6 +1,6 @@
 """Memory that steps take beyond parameters, gradients and state, at the size of ViT-B/16, in float32 on a CPU
 
-`python -m tests.memory`, or `python -m tests.memory lamb larc` for the cases whose name contains a word. Each needs 1 to 2.5 GB"""
+`python -m tests.tools.memory`, or `python -m tests.tools.memory lamb larc` for the cases whose name contains a word. Each needs 1 to 2.5 GB"""
 import sys
 
 import pandas as pd

@@ -1,6 +1,6 @@
 """Why steps of large models take fastai as long as they do: memory that goes back to the system, and comes anew
 
-`python -m tests.baseline nbs/performance` measures steps by themselves and in training, with the system's allocator as it
+`python -m tests.tools.baseline nbs/performance` measures steps by themselves and in training, with the system's allocator as it
 is (`default`) and told to keep what was freed (`kept`), each in a process of its own, and writes baseline.csv. Linux, CPU."""
 import json,os,resource,subprocess,sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def measure(name, optimizer):
     return res
 
 def child(cell, env):
-    cmd = [sys.executable,'-W','ignore','-m','tests.baseline',*cell]
+    cmd = [sys.executable,'-W','ignore','-m','tests.tools.baseline',*cell]
     return json.loads(subprocess.run(cmd, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout)
 
 if __name__ == '__main__':

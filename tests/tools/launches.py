@@ -1,6 +1,6 @@
 """CUDA without a GPU: steps on fake tensors, and how many kernels they launch by ATen's rules
 
-`python -m tests.launches nbs/performance` writes the table that the page on performance shows, as launches.csv"""
+`python -m tests.tools.launches nbs/performance` writes the table that the page on performance shows, as launches.csv"""
 import sys
 from contextlib import contextmanager
 from functools import cache

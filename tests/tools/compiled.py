@@ -1,6 +1,6 @@
 """What `torch.compile` makes of a step: seconds until the first step is taken, then milliseconds, beside ours
 
-`python -m tests.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes compiled.csv. It
+`python -m tests.tools.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes compiled.csv. It
 needs a C++ compiler"""
 import sys
 from copy import copy
