@@ -31,6 +31,7 @@ demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, 
 PYTEST := time OMP_NUM_THREADS=1 python -m pytest tests -q -n 2 --durations=10
 
 test: $(VENV)/.dev ## run the notebooks, and the tests but for the slow ones: some minutes
+	ruff check
 	time OMP_NUM_THREADS=1 nbdev-test --timing
 	$(PYTEST) --dist worksteal -m 'not slow'
 
