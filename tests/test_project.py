@@ -198,6 +198,16 @@ def test_check():
         assert re.search(fr'\b{name}' + r' +(\d+)/\1 \S+'*4, out), name
     assert re.search('float64 +float32 +bfloat16 +float16', out) and max(map(len, out.splitlines())) <= 120
 
+def test_check_on_one_thread(monkeypatch, two_threads):
+    "And then on as many as there were, also if it is stopped"
+    monkeypatch.setattr(selfcheck, 'forms', lambda: [(SGD,sgd_jit,dict(mom=0.9))])
+    seen,check = [],lambda progress: selfcheck.selfcheck([torch.device('cpu')], steps=1, progress=progress)
+    check(lambda _: seen.append(torch.get_num_threads()))
+    assert seen == [1]*4 and torch.get_num_threads() == two_threads
+    def stop(_): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): check(stop)
+    assert torch.get_num_threads() == two_threads
+
 def test_check_finds(monkeypatch, capsys):
     "A step that is too large, and one that raises: status 1, and the forms by name"
     monkeypatch.setattr(sys, 'argv', ['fastxtend_jit','--check'])
