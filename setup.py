@@ -12,12 +12,16 @@ lib = cfg['lib_name']
 version = re.search('__version__ = "(.*)"', read(f'{lib}/__init__.py'))[1]
 repo = re.search('Repository = "(.*)"', read('pyproject.toml'))[1]
 # README's links are relative, as GitHub likes them. On PyPI they have to lead to the files of this version
-readme = re.sub(r'(!?)(\[[^]]*\]\()(?!\w+:|#)', lambda m: f"{m[1]}{m[2]}{repo}/{'raw' if m[1] else 'blob'}/{version}/", read('README.md'))
+def absolute(m): return f"{m[1]}{m[2]}{repo}/{'raw' if m[1] else 'blob'}/{version}/"
+readme = re.sub(r'(!?)(\[[^]]*\]\()(?!\w+:|#)', absolute, read('README.md'))
 
 setup(
     version=version, description=cfg['description'], keywords=cfg['keywords'], license=cfg['license'],
-    author=cfg['author'], author_email=cfg['author_email'], long_description=readme, long_description_content_type='text/markdown',
-    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    packages=[lib], install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    author=cfg['author'], author_email=cfg['author_email'],
+    long_description=readme, long_description_content_type='text/markdown',
+    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    packages=[lib], install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': f'{lib}={lib}._modidx:d'},
 )

@@ -10,7 +10,6 @@ __all__ = ['adam_jit_step', 'adam_jit']
 # %% ../nbs/12_adam.ipynb #327c4507
 from typing import List
 
-import torch
 from torch import Tensor
 
 from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay

@@ -10,7 +10,6 @@ __all__ = ['lamb_jit_step', 'lamb_jit']
 # %% ../nbs/16_lamb.ipynb #32a5ba80
 from typing import List
 
-import torch
 from torch import Tensor
 
 from .fragments import adam_direction,can_debias,descend,norms,weight_decay

@@ -10,7 +10,6 @@ __all__ = ['larc_jit_step', 'larc_jit']
 # %% ../nbs/15_larc.ipynb #636ce8a0
 from typing import List,Optional
 
-import torch
 from torch import Tensor
 
 from .fragments import descend,norms,weight_decay

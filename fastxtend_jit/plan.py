@@ -109,7 +109,8 @@ class Plan(_Checked):
         scalars:list # Scalar arguments of the next step, for each bucket
     ) -> bool:
         "Is the form of the step still the right one, whatever constants and hypers are now?"
-        return self.compiled == self.step.is_due and self.structures == [structure(self.step, s, self.vary) for s in scalars]
+        if self.compiled != self.step.is_due: return False
+        return self.structures == [structure(self.step, s, self.vary) for s in scalars]
 
     def addresses(self,
         grads:list # Gradients of all parameters

@@ -10,7 +10,6 @@ __all__ = ['radam_jit_step', 'radam_jit']
 # %% ../nbs/13_radam.ipynb #1b26762b
 from typing import List
 
-import torch
 from torch import Tensor
 
 from .fragments import can_debias,radam

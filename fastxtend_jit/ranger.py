@@ -10,7 +10,6 @@ __all__ = ['ranger_jit_step', 'ranger_jit']
 # %% ../nbs/17_ranger.ipynb #48c23d0b
 from typing import List
 
-import torch
 from torch import Tensor
 
 from .fragments import can_debias,lookahead as _lookahead,radam

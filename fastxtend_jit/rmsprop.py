@@ -10,7 +10,6 @@ __all__ = ['rmsprop_jit_step', 'rmsprop_jit']
 # %% ../nbs/11_rmsprop.ipynb #1005c959
 from typing import List,Optional
 
-import torch
 from torch import Tensor
 
 from .fragments import adam_update,average_grad,average_sqr_grad,can_fuse,fused_adam,scale_,weight_decay

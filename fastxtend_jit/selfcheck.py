@@ -9,6 +9,7 @@ __all__ = ['forms', 'devices', 'selfcheck', 'summary']
 
 # %% ../nbs/23_selfcheck.ipynb #dccd185b
 import inspect,itertools,math,warnings
+from contextlib import contextmanager
 from functools import partial
 from typing import Callable
 
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import explain  # the method
+from . import explain  # noqa: F401, the method
 from .check import WholeTable
 from .learner import counterparts,structural_args
 from .script import compile_after
@@ -99,6 +100,14 @@ def _failed(e):
     return {'off by':torch.inf, "fastai's":torch.nan, 'bound':torch.nan, 'kernels':'', 'why':why, 'ok':False}
 
 # %% ../nbs/23_selfcheck.ipynb #b86f2e05
+@contextmanager
+def _one_thread():
+    "For what is done in it; then as many as there were"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 def selfcheck(
     on:list=None, # Devices to check, all that there are if `None`
     dtypes:tuple=tuple(_rounding), # Of parameters
@@ -107,16 +116,17 @@ def selfcheck(
 ) -> pd.DataFrame:
     "How far ours and fastai's are from fastai's result in float64: a row for each form, device and dtype"
     rows,right,every = [],{},forms()
-    for device,dtype in itertools.product(devices() if on is None else on, dtypes):
-        if device.type == 'mps' and dtype == torch.float64: continue  # Apple's GPUs have none
-        progress(f'{device}, {str(dtype)[6:]}: {len(every)} forms')
-        for i,(native,jit,args) in enumerate(every):
-            factories = _factories(native, jit, args)
-            if (i,dtype) not in right: right[i,dtype] = _train(factories[0], dtype, torch.float64, 'cpu', steps)[:2]
-            row = dict(optimizer=jit.__name__, form=_label(args), device=str(device), dtype=str(dtype)[6:])
-            try: row |= _compared(*factories, device, dtype, steps, *right[i,dtype])
-            except Exception as e: row |= _failed(e)
-            rows.append(row)
+    with _one_thread():
+        for device,dtype in itertools.product(devices() if on is None else on, dtypes):
+            if device.type == 'mps' and dtype == torch.float64: continue  # Apple's GPUs have none
+            progress(f'{device}, {str(dtype)[6:]}: {len(every)} forms')
+            for i,(native,jit,args) in enumerate(every):
+                factories = _factories(native, jit, args)
+                if (i,dtype) not in right: right[i,dtype] = _train(factories[0], dtype, torch.float64, 'cpu', steps)[:2]
+                row = dict(optimizer=jit.__name__, form=_label(args), device=str(device), dtype=str(dtype)[6:])
+                try: row |= _compared(*factories, device, dtype, steps, *right[i,dtype])
+                except Exception as e: row |= _failed(e)
+                rows.append(row)
     return WholeTable(rows)
 
 def summary(

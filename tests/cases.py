@@ -27,8 +27,8 @@ class Ahead:
     def __name__(self): return f'{self.cls.__name__}({self.factory.__name__})'
     def __call__(self, params, k=6, alpha=0.5, **kw): return self.cls(self.factory(params, **kw), k=k, alpha=alpha)
 
-PAIRS = [(SGD,sgd_jit), (RMSProp,rmsprop_jit), (Adam,adam_jit), (RAdam,radam_jit), (QHAdam,qhadam_jit), (Larc,larc_jit), (Lamb,lamb_jit),
-         (ranger,ranger_jit)]
+PAIRS = [(SGD,sgd_jit), (RMSProp,rmsprop_jit), (Adam,adam_jit), (RAdam,radam_jit), (QHAdam,qhadam_jit),
+         (Larc,larc_jit), (Lamb,lamb_jit), (ranger,ranger_jit)]
 OTHERS = [(lion,lion_jit), (adan,adan_jit), (stableadam,stableadam_jit)]  # of which fastai has none
 VARIANTS = {
     sgd_jit:     [dict(mom=m) for m in (0.,0.9)],
@@ -43,15 +43,18 @@ VARIANTS = {
     adan_jit:    [{}],
     stableadam_jit: [{}],
 }
-def _cases(pairs): return [Case(n, j, {**kw, 'wd':0.01, 'decouple_wd':d}) for n,j in pairs for kw in VARIANTS[j] for d in (True,False)]
+def _cases(pairs):
+    return [Case(n, j, {**kw, 'wd':0.01, 'decouple_wd':d}) for n,j in pairs for kw in VARIANTS[j] for d in (True,False)]
 NATIVE = _cases(PAIRS)  # all forms that fastai has
 CASES  = NATIVE + _cases(OTHERS)
 # One of each, in the form that has most state
 EIGHT  = [Case(n, j, dict(wd=0.01, **({'mom':0.9} if j in (sgd_jit,rmsprop_jit) else {}))) for n,j in PAIRS]
 ALL    = EIGHT + [Case(n, j, dict(wd=0.01)) for n,j in OTHERS]
-AHEAD  = [Case(Ahead(Lookahead, c.native), Ahead(JitLookahead, c.jit), {**c.kw, 'k':3}) for c in ALL if c.jit is not ranger_jit]
+FIRST  = [*{c.jit:c for c in CASES[::-1]}.values()]  # one of each, in the first of its forms
+AHEAD  = [Case(Ahead(Lookahead, c.native), Ahead(JitLookahead, c.jit), {**c.kw, 'k':3})
+          for c in ALL if c.jit is not ranger_jit]
 TWO_AHEAD = [c for c in AHEAD if c.jit.factory in (adam_jit,lamb_jit)]  # an elementwise one and one with norms
-DEVICES = ['cpu','cuda']
+DEVICES = ['cpu'] + ['cuda']*torch.cuda.is_available()
 
 # Relative to the largest element of a tensor
 TOL = {torch.float32: 3e-5, torch.float64: 1e-11}
@@ -76,7 +79,8 @@ def same_state(ours, theirs, tol):
     for i,((p,_,s,_),(q,_,t,_)) in enumerate(zip(ours.all_params(), theirs.all_params())):
         assert s.keys() == t.keys(), f'state of parameter {i}'
         for k in s:
-            if k == 'local_lr': t[k] = torch.as_tensor(t[k], dtype=s[k].dtype, device=s[k].device)  # fastai's is a number where it is `lr`
+            # fastai's is a number where it is `lr`
+            if k == 'local_lr': t[k] = torch.as_tensor(t[k], dtype=s[k].dtype, device=s[k].device)
             assert type(s[k]) is type(t[k]), (i,k)
             if isinstance(s[k], torch.Tensor): close(s[k], t[k], tol, f'{k} of parameter {i}')
             else: assert s[k] == t[k], (i,k)
@@ -98,28 +102,50 @@ def layouts(dev, dtype):
             (r(40,50),                         lambda g: g[:,:1].expand(40,50)),     # expanded gradients
             (r(40,50),                         lambda g: g.mean().expand(40,50))]
 
-def run(case, dtype=torch.float32, dev='cpu', steps=25, shapes=SHAPES, n_groups=1, no_wd=(), schedule=True, late={}, laid_out=False, seed=0):
+def run(case, dtype=torch.float32, dev='cpu', steps=25, shapes=SHAPES, n_groups=1, no_wd=(), schedule=True, late={},
+        laid_out=False, seed=0, scale=1., which=(False,True)):
     "Train with fastai's optimizer and with ours on the same gradients; return both, with parameters as they came out"
     torch.manual_seed(seed)
-    start = layouts(dev, dtype) if laid_out else [(torch.randn(s, device=dev, dtype=dtype), lambda g: g.clone()) for s in shapes]
-    opts = []
-    for jit in (False,True):
-        ps = [nn.Parameter(t.clone().contiguous() if not jit else t.clone(memory_format=torch.preserve_format) if t.numel() in (0,1) else t) for t,_ in start]
-        groups = [ps[i::n_groups] for i in range(n_groups)] if n_groups > 1 else ps
-        opt = case.make(groups, jit, lr=[0.01*2**-i for i in range(n_groups)] if n_groups > 1 else 0.01)
-        for i in no_wd: opt.state[ps[i]]['do_wd'] = False
-        opt.ps = ps
-        opts.append(opt)
-    native,jit = opts
+    draw = partial(torch.randn, device=dev, dtype=dtype)
+    start = layouts(dev, dtype) if laid_out else [(draw(s), lambda g: g.clone()) for s in shapes]
+    for t,_ in start: t.mul_(scale)
+    opts = [_started(case, jit, [t for t,_ in start], n_groups, no_wd) for jit in which]
     for i in range(steps):
-        for n,(p,q,(_,lay)) in enumerate(zip(native.ps, jit.ps, start)):
+        for n,(t,lay) in enumerate(start):
             if i < late.get(n, 0): continue
-            q.grad = lay(torch.randn(p.shape, device=dev, dtype=dtype))
-            p.grad = q.grad.clone(memory_format=torch.contiguous_format)
+            g = lay(draw(t.shape))
+            for opt,jit in zip(opts, which):
+                opt.ps[n].grad = g if jit else g.clone(memory_format=torch.contiguous_format)
         for opt in opts:
             if schedule:
                 opt.set_hyper('lr', [h['lr']*(1.1 if i < steps//2 else 0.9) for h in opt.hypers])
                 opt.set_hyper('mom', 0.95 - 0.1*i/steps)
                 opt.set_hyper('wd', 0.01 if i%5 else 0.)
             opt.step()
-    return native,jit
+    return opts
+
+def _started(case, jit, ts, n_groups, no_wd):
+    "An optimizer of copies of `ts`: contiguous ones for fastai's, for ours laid out as they are"
+    laid = lambda t: t.clone(memory_format=torch.preserve_format) if t.numel() in (0,1) else t
+    ps = [nn.Parameter(laid(t) if jit else t.clone().contiguous()) for t in ts]
+    groups = [ps[i::n_groups] for i in range(n_groups)] if n_groups > 1 else ps
+    opt = case.make(groups, jit, lr=[0.01*2**-i for i in range(n_groups)] if n_groups > 1 else 0.01)
+    for i in no_wd: opt.state[ps[i]]['do_wd'] = False
+    opt.ps = ps
+    return opt
+
+SCENARIOS = dict(
+    plain    = dict(schedule=False),
+    schedule = dict(),
+    groups   = dict(n_groups=3, no_wd=[1,4]),
+    late     = dict(late={1:3, 4:9, 5:30}, no_wd=[2,5]),
+    layouts  = dict(laid_out=True),
+)
+
+def truth_of(case, dev, given, **kw):
+    "fastai's optimizer in float64, on what `run` feeds to the one in dtype `given`"
+    real = torch.randn
+    try:
+        torch.randn = lambda *a,dtype,**k: real(*a, dtype=given, **k).double()
+        return run(case, dtype=torch.float64, dev=dev, which=(False,), **kw)[0]
+    finally: torch.randn = real

@@ -14,14 +14,10 @@ All is computed in float64, and rounded where a kernel rounds. For floats that i
 fma but for one case in 2**29. In float64 itself nothing is fused. Powers are exact: CUDA's may be off by some ulps."""
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastxtend_jit import all as steps,fragments,plan
-from fastxtend_jit.script import JitStep
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _dense = torch.ops.aten.is_non_overlapping_and_dense.default
@@ -132,11 +128,3 @@ class CudaKernels(TorchDispatchMode):
         if name not in self.kernels: return func(*args, **(kwargs or {}))
         self.calls[name] += 1
         self.kernels[name](name, self.new, *args, **(kwargs or {}))
-
-def as_on_cuda(monkeypatch):
-    "Nothing is cut, no step takes its tensors for a CPU's, betas are rounded. What is compiled cannot be patched, so the plain functions run"
-    key,beta = plan.Key,fragments.kernel_beta
-    monkeypatch.setattr(plan, 'Key', lambda **kw: key(**{**kw, 'flat':False, 'small':False}))
-    monkeypatch.setattr(fragments, 'kernel_beta', lambda b,x: beta(b, SimpleNamespace(is_cpu=False, dtype=x.dtype)))
-    for step in vars(steps).values():
-        if isinstance(step, JitStep): monkeypatch.setitem(vars(step), 'compiled', step.fn)

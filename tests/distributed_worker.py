@@ -1,4 +1,4 @@
-"Run by `torchrun` in two processes: every check of `test_distributed.py`, one after the other, as starting takes longer than checking"
+"Run by `torchrun` in two processes: every check of `test_distributed.py`, as starting takes longer than checking"
 import json,sys,traceback
 from datetime import timedelta
 from pathlib import Path
@@ -99,10 +99,11 @@ def shard(m, mesh):
 
 def sharded_like(opt):
     "Is the state sharded as its parameter?"
-    slow = sum(opt.slow_weights, start=[]) if hasattr(opt, 'slow_weights') else [None]*99
-    for (p,_,s,_),w in zip(opt.all_params(), slow):
+    def like(v, p):
+        return isinstance(v, DTensor) and v.placements == p.placements and v.to_local().shape == p.to_local().shape
+    for (p,_,s,_),w in zip(opt.all_params(), slow(opt) or [None]*99):
         ts = [v for v in [*(v for n,v in s.items() if n != 'local_lr'),w] if isinstance(v, Tensor)]
-        assert ts and all(isinstance(v, DTensor) and v.placements == p.placements and v.to_local().shape == p.to_local().shape for v in ts)
+        assert ts and all(like(v, p) for v in ts)
         if 'step' in s: assert s['step'] == 10  # also where this process has no row of it
 
 def fsdp(case):
@@ -159,7 +160,7 @@ CHECKS = [ddp, accelerate] + [fsdp, hsdp, mixed, placements]*bool(fully_shard)
 
 def main(path):
     "Write what went wrong, by check and optimizer, to `path`"
-    dist.init_process_group('gloo', timeout=timedelta(seconds=60))  # if one process fails, the other waits in vain
+    dist.init_process_group('gloo', timeout=timedelta(minutes=5))  # if one process fails, the other waits in vain
     res = {}
     for f in CHECKS:
         for c in ALL+AHEAD:

@@ -1,4 +1,6 @@
-"Small Learners on made data: images, tables, text and a GAN, in float64, so that runs stay equal to the last digits although training is chaotic"
+"""Small Learners on made data: images, tables, text and a GAN
+
+In float64, so that runs stay equal to the last digits although training is chaotic"""
 import warnings
 
 import numpy as np
@@ -6,7 +8,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-with warnings.catch_warnings():  # fastai scripts a layer while it is imported, and sets an option that pandas no longer has
+# fastai scripts a layer while it is imported, and sets an option that pandas no longer has
+with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     from fastai.basics import *
     from fastai.callback.all import *
@@ -33,7 +36,8 @@ def quiet(learn):
 
 def tensor_dls(*tensors, bs=8, n_valid=8, dev='cpu'):
     items = list(zip(*tensors))
-    return DataLoaders(DataLoader(items[n_valid:], bs=bs, shuffle=True, num_workers=0), DataLoader(items[:n_valid], bs=bs, num_workers=0), device=dev)
+    return DataLoaders(DataLoader(items[n_valid:], bs=bs, shuffle=True, num_workers=0),
+                       DataLoader(items[:n_valid], bs=bs, num_workers=0), device=dev)
 
 def equal(a, b):
     "Are nested tensors, arrays and other things the same, NaN and NaN too?"
@@ -52,10 +56,12 @@ def float32_net(cls=nn.Sequential):
 def float64_net(): return float32_net().double()
 
 class _InFloat32(nn.Sequential):
-    def forward(self, x): return torch.func.functional_call(nn.Sequential(*self), {n:p.float() for n,p in self.named_parameters()}, x.float())
+    def forward(self, x):
+        weights = {n:p.float() for n,p in self.named_parameters()}
+        return torch.func.functional_call(nn.Sequential(*self), weights, x.float())
 
 def autocast_net():
-    "Autocast leaves float64 alone: this network has parameters in float64 and computes in float32, or what autocast makes of it"
+    "Parameters in float64, which autocast leaves alone, computed with in float32, or what autocast makes of it"
     net = float32_net(_InFloat32)
     for p in net.parameters(): p.data = p.data.double()
     return net
@@ -65,7 +71,8 @@ def children(model): return [list(m.parameters()) for m in model.children()]
 def vision(opt_func, path, dev='cpu', net=float64_net, **kw):
     "Small images, three parameter groups"
     dls = tensor_dls(torch.randn(40, 2, 6, 6), torch.randint(3, (40,)), dev=dev)
-    return quiet(Learner(dls, net(), cross_entropy, opt_func, splitter=children, path=path, cbs=None if net is float32_net else Float64(), **kw))
+    cbs = None if net is float32_net else Float64()
+    return quiet(Learner(dls, net(), cross_entropy, opt_func, splitter=children, path=path, cbs=cbs, **kw))
 
 def tabular(opt_func, path, dev='cpu'):
     "fastai's TabularModel, with two embeddings and a missing value"
@@ -73,7 +80,8 @@ def tabular(opt_func, path, dev='cpu'):
     for n in 'cd': df[n] = torch.randint(5, (40,)).numpy()
     df['y'] = torch.randint(3, (40,)).numpy()
     df.loc[20,'a'] = float('nan')
-    dls = TabularDataLoaders.from_df(df, path, [Categorify,FillMissing(add_col=True),Normalize], ['c','d'], ['a','b'], 'y', y_block=CategoryBlock(),
+    procs = [Categorify,FillMissing(add_col=True),Normalize]
+    dls = TabularDataLoaders.from_df(df, path, procs, ['c','d'], ['a','b'], 'y', y_block=CategoryBlock(),
                                      valid_idx=list(range(8)), bs=8, device=dev)
     learn = quiet(tabular_learner(dls, layers=[8], n_out=3, loss_func=cross_entropy, opt_func=opt_func, cbs=Float64()))
     learn.model.double()
@@ -82,9 +90,11 @@ def tabular(opt_func, path, dev='cpu'):
 def text(opt_func, path, dev='cpu'):
     "A language model: AWD-LSTM with all its dropouts and regularizations, embeddings tied to the decoder"
     texts = [torch.randint(12, (50,)) for _ in range(6)]
-    dls = DataLoaders(LMDataLoader(texts[1:], bs=4, seq_len=12, shuffle=True), LMDataLoader(texts[:1], bs=4, seq_len=12), path=path, device=dev)
+    train,valid = LMDataLoader(texts[1:], bs=4, seq_len=12, shuffle=True),LMDataLoader(texts[:1], bs=4, seq_len=12)
+    dls = DataLoaders(train, valid, path=path, device=dev)
     dls.vocab = list(range(12))
-    learn = quiet(language_model_learner(dls, AWD_LSTM, {**awd_lstm_lm_config, 'emb_sz':6, 'n_hid':8, 'n_layers':2}, pretrained=False, opt_func=opt_func))
+    config = {**awd_lstm_lm_config, 'emb_sz':6, 'n_hid':8, 'n_layers':2}
+    learn = quiet(language_model_learner(dls, AWD_LSTM, config, pretrained=False, opt_func=opt_func))
     learn.model.double()
     learn.loss_func = cross_entropy
     return learn
@@ -93,8 +103,8 @@ def _gen_loss(fake_pred, output, target): return in_float32(fake_pred.mean())
 def _critic_loss(real_pred, fake_pred):   return in_float32(real_pred.mean() - fake_pred.mean())
 
 def gan(opt_func, path, dev='cpu'):
-    "Generator and critic that take turns under one optimizer, the critic at a higher learning rate, its weights clamped"
+    "Generator and critic take turns under one optimizer, the critic at a higher learning rate, its weights clamped"
     mlp = lambda ni,nf: nn.Sequential(nn.Linear(ni, 8), nn.ReLU(), nn.Linear(8, nf)).double()
     dls = tensor_dls(torch.randn(56, 3).double(), torch.randn(56, 4).double(), dev=dev)
-    return quiet(GANLearner(dls, mlp(3,4), mlp(4,1), _gen_loss, _critic_loss, FixedGANSwitcher(2,1), clip=0.2, opt_func=opt_func, path=path,
-                            cbs=GANDiscriminativeLR(3.)))
+    return quiet(GANLearner(dls, mlp(3,4), mlp(4,1), _gen_loss, _critic_loss, FixedGANSwitcher(2,1), clip=0.2,
+                            opt_func=opt_func, path=path, cbs=GANDiscriminativeLR(3.)))

@@ -6,14 +6,15 @@ from fastai.optimizer import Optimizer,l2_reg,weight_decay
 
 def _lion(p, lr, mom, avg_mom, grad_avg=None, **_):
     g,m = p.grad.data,torch.zeros_like(p.data) if grad_avg is None else grad_avg
-    # In float32, another rounding of the direction turns the sign of an element now and then: this is optimi's, and ours
+    # In float32, another rounding of the direction turns a sign now and then: this is optimi's, and ours
     p.data.add_(torch.lerp(m, g, 1-mom).sign(), alpha=-lr)
     return {'grad_avg': torch.lerp(m, g, 1-avg_mom)}
 
 def _average(avg, x, beta): return (torch.zeros_like(x) if avg is None else avg)*beta + (1-beta)*x
 def _average_sqr(avg, x, beta): return (torch.zeros_like(x) if avg is None else avg*beta).addcmul(x, x, value=1-beta)
 
-def _adan(p, lr, mom, diff_mom, sqr_mom, eps, wd, decouple_wd, step=0, grad_avg=None, diff_avg=None, sqr_avg=None, prev_grad=None, do_wd=True, **_):
+def _adan(p, lr, mom, diff_mom, sqr_mom, eps, wd, decouple_wd, step=0, grad_avg=None, diff_avg=None, sqr_avg=None,
+          prev_grad=None, do_wd=True, **_):
     g,step = p.grad.data.clone(),step+1
     d = torch.zeros_like(g) if prev_grad is None else g-prev_grad
     m,v,n = _average(grad_avg, g, mom),_average(diff_avg, d, diff_mom),_average_sqr(sqr_avg, g + diff_mom*d, sqr_mom)
@@ -26,7 +27,8 @@ def _stableadam(p, lr, mom, sqr_mom, eps, wd, decouple_wd, step=0, grad_avg=None
     g,step = p.grad.data,step+1
     m,v = _average(grad_avg, g, mom),_average_sqr(sqr_avg, g, sqr_mom)
     m_hat,v_hat = m/(1 - mom**step),v/(1 - sqr_mom**step)
-    rms = (g.double()/v_hat.double().sqrt().clamp(min=eps)).square().mean().sqrt().item()  # in 16 bits the squares overflow
+    # in 16 bits the squares overflow
+    rms = (g.double()/v_hat.double().sqrt().clamp(min=eps)).square().mean().sqrt().item()
     lr = lr/max(1., rms)
     if decouple_wd and do_wd: p.data.mul_(1 - lr*wd)
     p.data.sub_(lr*(m_hat/(v_hat.sqrt() + eps)))
@@ -39,7 +41,8 @@ def _decays_itself(cb, params, decouple_wd, **hypers):
     return Optimizer(params, [*([] if decouple_wd else [l2_reg]), partial(cb, decouple_wd=decouple_wd)], **hypers)
 
 def adan(params, lr, mom=0.98, diff_mom=0.92, sqr_mom=0.99, eps=1e-6, wd=0.02, decouple_wd=True):
-    return _decays_itself(_adan, params, decouple_wd, lr=lr, mom=mom, diff_mom=diff_mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    hypers = dict(lr=lr, mom=mom, diff_mom=diff_mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return _decays_itself(_adan, params, decouple_wd, **hypers)
 
 def stableadam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-6, wd=0.01, decouple_wd=True):
     return _decays_itself(_stableadam, params, decouple_wd, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)

@@ -9,7 +9,7 @@ from torch import nn,Tensor
 from fastcore.basics import noop
 from fastcore.foundation import L
 from fastai.callback.core import Callback
-from fastai.callback import schedule  # gives Learner its `fit_one_cycle`
+from fastai.callback import schedule  # noqa: F401, gives Learner its `fit_one_cycle`
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoader,DataLoaders
 from fastai.learner import Learner
@@ -17,9 +17,10 @@ from fastai.losses import MSELossFlat
 from fastai.torch_core import params,set_seed
 
 from tests.cases import *
+from tests.support import every,same,snapshot,train,trained,twins
 
-MANY  = ALL+TWO_AHEAD
-cases = pytest.mark.parametrize('case', MANY, ids=str)
+MANY = ALL+TWO_AHEAD
+many = pytest.mark.parametrize('case', MANY, ids=str)
 pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated')  # fastai's `load_model` uses it
 
 def make_learn(case, jit, path, drop=0., shuffle=False):
@@ -27,33 +28,24 @@ def make_learn(case, jit, path, drop=0., shuffle=False):
     torch.manual_seed(0)
     x,y = torch.randn(40,6).double(),torch.randn(40,3).double()
     model = nn.Sequential(nn.Linear(6,5,bias=False), nn.BatchNorm1d(5), nn.Dropout(drop), nn.Linear(5,3)).double()
-    learn = Learner(DataLoaders(*[DataLoader(list(zip(x,y)), bs=8, shuffle=shuffle) for _ in range(2)]), model, MSELossFlat(), path=path,
-                    opt_func=partial(case.make, jit=jit), splitter=lambda m: [params(m[:3]), params(m[3])])
+    dls = DataLoaders(*[DataLoader(list(zip(x,y)), bs=8, shuffle=shuffle) for _ in range(2)])
+    learn = Learner(dls, model, MSELossFlat(), path=path, opt_func=partial(case.make, jit=jit),
+                    splitter=lambda m: [params(m[:3]), params(m[3])])
     learn.logger = noop
     return learn.remove_cb(ProgressCallback)
 
-def trained(case, jit, path):
-    "As above, trained while the first group is frozen, then with all: some parameters have taken fewer steps, or none of late"
+def trained_learner(case, jit, path):
+    "As above, trained with the first group frozen, then with all: some parameters have taken fewer steps"
     learn = make_learn(case, jit, path)
     learn.freeze();   learn.fit_one_cycle(1, slice(0.01,0.02))
     learn.unfreeze(); learn.fit_one_cycle(1, slice(0.01,0.02))
     return learn
 
-def same(a, b):
-    "Are two nests of dicts, lists and tensors equal in every type and every bit?"
-    if type(a) is not type(b): return False
-    if isinstance(a, Tensor): return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):   return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list,L)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-def snapshot(opt): return copy.deepcopy([[p.detach() for p,*_ in opt.all_params()], [p.grad for p,*_ in opt.all_params()], opt.state_dict()])
-
-@cases
+@many
 @pytest.mark.parametrize('saves,loads', [('native','jit'), ('jit','native'), ('jit','jit')])
 def test_both_ways(case, saves, loads, tmp_path):
     "What one saves the other loads, and both go on alike"
-    a = trained(case, saves=='jit', tmp_path)
+    a = trained_learner(case, saves=='jit', tmp_path)
     a.save('both', with_opt=True)
     b = make_learn(case, loads=='jit', tmp_path)
     with warnings.catch_warnings():
@@ -65,20 +57,22 @@ def test_both_ways(case, saves, loads, tmp_path):
     for (k,p),q in zip(a.model.state_dict().items(), b.model.state_dict().values()): close(q, p, tol, k)
     same_state(*((b.opt,a.opt) if saves == 'native' else (a.opt,b.opt)), tol)
 
-@cases
+@many
 def test_form(case, tmp_path):
     "`state_dict` has fastai's keys and types"
     def form(o):
-        if isinstance(o, dict): return {k: form(torch.as_tensor(v, dtype=torch.float64) if k == 'local_lr' else v) for k,v in o.items()}  # fastai's is a number where it is `lr`
+        # fastai's is a number where it is `lr`
+        item = lambda k,v: form(torch.as_tensor(v, dtype=torch.float64) if k == 'local_lr' else v)
+        if isinstance(o, dict): return {k: item(k, v) for k,v in o.items()}
         if isinstance(o, (list,L)): return type(o),[*map(form, o)]
         return (o.shape,o.dtype) if isinstance(o, Tensor) else type(o)
-    theirs,ours = [trained(case, jit, tmp_path).opt.state_dict() for jit in (False,True)]
+    theirs,ours = [trained_learner(case, jit, tmp_path).opt.state_dict() for jit in (False,True)]
     assert form(ours) == form(theirs)
 
-@cases
+@many
 def test_no_alias(case, tmp_path):
     "The caller's dict neither changes nor is changed with; the same dict serves twice"
-    a = trained(case, True, tmp_path)
+    a = trained_learner(case, True, tmp_path)
     sd = a.opt.state_dict()
     was = copy.deepcopy(sd)
     for _ in range(2):
@@ -93,7 +87,7 @@ def test_no_alias(case, tmp_path):
     assert b.opt.state['some new parameter'] == {}
 
 def first(st): return next(k for k,v in st.items() if isinstance(v, Tensor))
-def put(o, k, v): o[k]; o[k] = v  # only in the place of something
+def swap(o, k, v): o[k]; o[k] = v  # only in the place of something
 
 # What is done to a state dict that fits, and what the error has to say
 MISFITS = {
@@ -104,27 +98,34 @@ MISFITS = {
     'fewer parameters': (lambda sd: sd['state'].pop(),                     r"4 parameters, .* 5"),
     'more parameters':  (lambda sd: sd['state'].append({}),                r"6 parameters, .* 5"),
     'no lr':            (lambda sd: sd['hypers'][1].pop('lr'),             r"group 1 .*lr"),
-    'lr a word':        (lambda sd: put(sd['hypers'][1], 'lr', 'high'),    r"lr.* group 1 .*'high'"),
-    'group no dict':    (lambda sd: put(sd['hypers'], 1, None),            r"group 1 .*None"),
-    'state no dict':    (lambda sd: put(sd['state'], 4, None),             r"parameter 1 of group 1 .*None"),
+    'lr a word':        (lambda sd: swap(sd['hypers'][1], 'lr', 'high'),    r"lr.* group 1 .*'high'"),
+    'group no dict':    (lambda sd: swap(sd['hypers'], 1, None),            r"group 1 .*None"),
+    'state no dict':    (lambda sd: swap(sd['state'], 4, None),             r"parameter 1 of group 1 .*None"),
     'other order':      (lambda sd: sd['state'].reverse(),                 r"parameter 0 of group 0 .*shape"),
-    'other shape':      (lambda sd: put(st:=sd['state'][3], k:=first(st), st[k][:2]),     r"parameter 0 of group 1 .*shape"),
-    'other dtype':      (lambda sd: put(st:=sd['state'][3], k:=first(st), st[k].float()), r"parameter 0 of group 1 .*dtype"),
-    'no tensor':        (lambda sd: put(st:=sd['state'][4], first(st), 0.5),              r"parameter 1 of group 1 .*float"),
-    'cannot be copied': (lambda sd: put(st:=sd['state'][4], k:=first(st), st[k].to('meta')), r"parameter 1 of group 1 .*meta"),
+    'other shape':      (lambda sd: swap(st:=sd['state'][3], k:=first(st), st[k][:2]),
+                         r"parameter 0 of group 1 .*shape"),
+    'other dtype':      (lambda sd: swap(st:=sd['state'][3], k:=first(st), st[k].float()),
+                         r"parameter 0 of group 1 .*dtype"),
+    'no tensor':        (lambda sd: swap(st:=sd['state'][4], first(st), 0.5),
+                         r"parameter 1 of group 1 .*float"),
+    'cannot be copied': (lambda sd: swap(st:=sd['state'][4], k:=first(st), st[k].to('meta')),
+                         r"parameter 1 of group 1 .*meta"),
     'lost state':       (lambda sd: sd['state'][3].pop('sqr_avg'),         r"parameter 0 of group 1 .*sqr_avg"),
     'lost step':        (lambda sd: sd['state'][3].pop('step'),            r"parameter 0 of group 1 .*step"),
-    'step a word':      (lambda sd: put(sd['state'][3], 'step', 'seven'),  r"parameter 0 of group 1 .*'seven'"),
-    'step a fraction':  (lambda sd: put(sd['state'][3], 'step', 2.5),      r"parameter 0 of group 1 .*2.5"),
-    'step negative':    (lambda sd: put(sd['state'][3], 'step', -3),       r"parameter 0 of group 1 .*-3"),
+    'step a word':      (lambda sd: swap(sd['state'][3], 'step', 'seven'),  r"parameter 0 of group 1 .*'seven'"),
+    'step a fraction':  (lambda sd: swap(sd['state'][3], 'step', 2.5),      r"parameter 0 of group 1 .*2.5"),
+    'step negative':    (lambda sd: swap(sd['state'][3], 'step', -3),       r"parameter 0 of group 1 .*-3"),
     'no count':         (lambda sd: sd.pop('count'),                       r"no `count`"),
-    'count a word':     (lambda sd: put(sd, 'count', 'six'),               r"count.*'six'"),
+    'count a word':     (lambda sd: swap(sd, 'count', 'six'),               r"count.*'six'"),
     'no slow weights':  (lambda sd: sd.pop('slow_weights'),                r"no `slow_weights`"),
     'slow groups':      (lambda sd: sd['slow_weights'].pop(),              r"slow_weights` .*\[3\].* \[3, 2\]"),
     'slow parameters':  (lambda sd: sd['slow_weights'][1].pop(),           r"slow_weights` .*\[3, 1\].* \[3, 2\]"),
-    'slow shape':       (lambda sd: put(sd['slow_weights'][1], 0, torch.zeros(2).double()),  r"slow_weights.* parameter 0 of group 1 .*shape"),
-    'slow no tensor':   (lambda sd: put(sd['slow_weights'][1], 0, None),   r"slow_weights.* parameter 0 of group 1 .*NoneType"),
-    'slow not copied':  (lambda sd: put(pg:=sd['slow_weights'][1], 1, pg[1].to('meta')),     r"slow_weights.* parameter 1 of group 1 .*meta"),
+    'slow shape':       (lambda sd: swap(sd['slow_weights'][1], 0, torch.zeros(2).double()),
+                         r"slow_weights.* parameter 0 of group 1 .*shape"),
+    'slow no tensor':   (lambda sd: swap(sd['slow_weights'][1], 0, None),
+                         r"slow_weights.* parameter 0 of group 1 .*NoneType"),
+    'slow not copied':  (lambda sd: swap(pg:=sd['slow_weights'][1], 1, pg[1].to('meta')),
+                         r"slow_weights.* parameter 1 of group 1 .*meta"),
 }
 
 def misfits(case, sd):
@@ -135,10 +136,10 @@ def misfits(case, sd):
         except KeyError: continue
         yield name,bad,msg
 
-@cases
+@many
 def test_misfit(case, tmp_path):
     "A state that does not fit: an error that says what, and nothing has changed"
-    learn,twin = [trained(case, True, tmp_path) for _ in range(2)]
+    learn,twin = [trained_learner(case, True, tmp_path) for _ in range(2)]
     was,seen = snapshot(learn.opt),[]
     for name,bad,msg in misfits(case, learn.opt.state_dict()):
         with pytest.raises(ValueError, match=msg): learn.opt.load_state_dict(bad); print('loaded:', name)
@@ -148,24 +149,25 @@ def test_misfit(case, tmp_path):
     for o in (learn,twin): o.fit_one_cycle(1, 0.05)
     assert same(snapshot(learn.opt), snapshot(twin.opt))
 
-@cases
+@many
 def test_misfit_in_learner(case, tmp_path):
-    "fastai turns the error into a warning: the Learner goes on with the weights of the file and its own optimizer, whole"
-    a,learn,twin = [trained(case, True, tmp_path) for _ in range(3)]
+    "fastai makes a warning of the error: the Learner goes on with the weights of the file and its own optimizer, whole"
+    a,learn,twin = [trained_learner(case, True, tmp_path) for _ in range(3)]
     twin.model.load_state_dict(a.model.state_dict())
     state = copy.deepcopy(learn.opt.state_dict())
     for _,bad,_ in misfits(case, a.opt.state_dict()):
         torch.save({'model': a.model.state_dict(), 'opt': bad}, tmp_path/'bad.pth')
-        with pytest.warns(UserWarning, match='Could not load the optimizer state'): learn.load(tmp_path/'bad', with_opt=True)
+        with pytest.warns(UserWarning, match='Could not load the optimizer state'):
+            learn.load(tmp_path/'bad', with_opt=True)
         assert same(learn.opt.state_dict(), state)
     for o in (learn,twin): o.fit_one_cycle(1, 0.05)
     assert same(snapshot(learn.opt), snapshot(twin.opt))
 
 def test_other_optimizer(tmp_path):
     "What another optimizer saved is refused where something is missing"
-    sds = [trained(c, True, tmp_path).opt.state_dict() for c in MANY]
+    sds = [trained_learner(c, True, tmp_path).opt.state_dict() for c in MANY]
     for c,own in zip(MANY, sds):
-        learn = trained(c, True, tmp_path)
+        learn = trained_learner(c, True, tmp_path)
         was = snapshot(learn.opt)
         for sd in sds:
             try: learn.opt.load_state_dict(sd)
@@ -176,8 +178,81 @@ def test_other_optimizer(tmp_path):
             learn.opt.load_state_dict(own)
             was = snapshot(learn.opt)
 
+# --- State dicts that do not fit an optimizer by itself
+
+def drop(*path):
+    "Take away what is at `path`"
+    def f(sd):
+        for k in path[:-1]: sd = sd[k]
+        del (sd if isinstance(sd, dict) else sd.items if hasattr(sd, 'items') else sd)[path[-1]]
+    return f
+
+def write(v, *path):
+    "Put `v` at `path`"
+    def f(sd):
+        for k in path[:-1]: sd = sd[k]
+        sd[path[-1]] = v
+    return f
+
+LAST = 'parameter 1 of group 1'
+SDS = dict(
+    no_state   = (drop('state'),                                        ['no `state`']),
+    no_hypers  = (drop('hypers'),                                       ['no `hypers`']),
+    groups     = (drop('hypers',1),                                     ['1 parameter groups', 'has 2']),
+    counts     = (drop('state',3),                                      ['3 parameters', 'has 4']),
+    hyper_key  = (drop('hypers',1,'lr'),                                ['group 1', 'lack lr']),
+    shape      = (write(torch.ones(3), 'state',3,'grad_avg'),           [LAST, 'grad_avg', '[3]', '[4]']),
+    dtype      = (write(torch.ones(4).double(), 'state',3,'grad_avg'),  [LAST, 'grad_avg', 'torch.float64']),
+    type       = (write('x', 'state',3,'grad_avg'),                     [LAST, 'grad_avg', 'str']),
+    state_key  = (drop('state',3,'sqr_avg'),                            [LAST, 'no sqr_avg']),
+    step_key   = (drop('state',3,'step'),                               [LAST, 'no step']),
+    count      = (drop('count'),                                        ['no `count`']),
+    slow       = (drop('slow_weights'),                                 ['no `slow_weights`']),
+    slow_group = (drop('slow_weights',1),                               ['[2]', '[2, 2]']),
+    slow_shape = (write(torch.ones(3), 'slow_weights',1,1),             [LAST, 'slow_weights', '[3]', '[4]']),
+)
+
+def has(case, what):
+    "Is there that in the state of `case`?"
+    if what.startswith('slow') or what == 'count': return case.jit is ranger_jit
+    return {'state_key':'sqr_avg', 'step_key':'step'}.get(what, 'params') in case.step.args
+
+@pytest.mark.parametrize('case,what', [(c,w) for w in SDS for c in ALL if has(c, w)], ids=str)
+def test_state_dict(case, what):
+    "A state dict that does not fit is refused as a whole; the optimizer and the caller's dict stay as they were"
+    harm,parts = SDS[what]
+    opt,ref = twins(case, 3)
+    source,_ = twins(case, 8)
+    sd = copy.deepcopy(source.state_dict())
+    harm(sd)
+    before,given = snapshot(opt),copy.deepcopy(sd)
+    with pytest.raises(ValueError) as e: opt.load_state_dict(sd)
+    for o in ('left as it was',*parts): assert o in str(e.value)
+    assert same(snapshot(opt), before)
+    assert sd.keys() == given.keys()
+    train([opt,ref], range(5, 9))
+    assert same(snapshot(opt), snapshot(ref))
+
+@every
+def test_load_what_is_no_state_dict(case):
+    opt = trained(case, 1)
+    before = snapshot(opt)
+    for sd in (None,'x.pth',3,[{}]):
+        with pytest.raises(TypeError, match='takes a dict, as `opt.state_dict'): opt.load_state_dict(sd)
+    for sd in (dict(state=None, hypers=None), dict(state={}, hypers=[{}])):
+        with pytest.raises(ValueError, match='has to be a list'): opt.load_state_dict(sd)
+    if case.jit is ranger_jit:
+        for slow in (5,[5],[None,None],torch.ones(3)):
+            sd = {**opt.state_dict(), 'slow_weights':slow}
+            with pytest.raises(ValueError, match='`slow_weights` have to be lists'): opt.load_state_dict(sd)
+    sd = {**opt.state_dict(), 'hypers':[{1:2, 'a':3}]*2}
+    with pytest.raises(ValueError, match='lack'): opt.load_state_dict(sd)
+    assert same(snapshot(opt), before)
+
+# --- Killed and resumed
+
 class Resumable(Callback):
-    "Make of each epoch the same whatever came before it, and keep a checkpoint of each that is there in full or not at all"
+    "Make each epoch the same whatever came before, and keep a checkpoint of it that is there in full or not at all"
     def __init__(self, kill_at): self.kill_at = kill_at
     def before_epoch(self):
         set_seed(self.epoch)             # dropout
@@ -191,19 +266,19 @@ class Resumable(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         os.replace(f, f.with_name(f'epoch_{self.epoch}.pth'))
 
-def train(case, path, kill_at=None):
+def train_on(case, path, kill_at=None):
     "Train four epochs, from the last checkpoint if there is one; be killed on the way if asked"
     learn = make_learn(case, True, path, 0.2, True)
     done = len([*path.glob('models/epoch_*')])
     if done: learn.load(f'epoch_{done-1}', with_opt=True)
     learn.fit_one_cycle(4, slice(0.01,0.02), start_epoch=done, cbs=Resumable(kill_at))
-    torch.save(snapshot(learn.opt)+[learn.model.state_dict()], path/'end.pth')
+    torch.save([snapshot(learn.opt),learn.model.state_dict()], path/'end.pth')
 
 def in_process(*args):
     "Exit code of a process that trains; forked, as to import everything again takes longer than to train"
     if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1
-    try: train(*args); code = 0
+    try: train_on(*args); code = 0
     except: traceback.print_exc()
     finally: os._exit(code)
 
@@ -218,11 +293,14 @@ def kill_and_resume(path):
 @pytest.fixture(scope='module')
 def ends(tmp_path_factory):
     path = tmp_path_factory.mktemp('resume')
-    out = subprocess.run([sys.executable,'-W','ignore','-m','tests.test_checkpoint',path], capture_output=True, text=True, env={**os.environ,'OMP_NUM_THREADS':'1'})
+    cmd = [sys.executable,'-W','ignore','-m','tests.test_checkpoint',path]
+    out = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ,'OMP_NUM_THREADS':'1'})
     assert out.returncode == 0 and out.stdout, out.stderr
     return path,json.loads(out.stdout),out.stderr
 
-@cases
+@many
+@pytest.mark.slow
+@pytest.mark.xdist_group('resume')
 def test_kill_and_resume(case, ends):
     "Killed in an epoch, and again while a checkpoint is written: the end is bit-equal to that of an undisturbed run"
     path,codes,err = ends

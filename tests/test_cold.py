@@ -11,12 +11,13 @@ from fastxtend_jit.bench import main,rows,written
 from fastxtend_jit.cold import *
 from fastxtend_jit.report import *
 
-def report(cold): return Report(cold=pd.DataFrame(cold), machine={**machine(), 'device':'cpu', 'seconds':1., 'channels_last':False})
+def report(cold):
+    return Report(cold=pd.DataFrame(cold), machine={**machine(), 'device':'cpu', 'seconds':1., 'channels_last':False})
 
 def fit(contestant, first, *fits, optimizer='adam', round=1, run=1, mb=5., modules=0):
     "A made-up line: seconds of the first step, and of fits of 22 and 66 batches"
-    return dict(run=run, optimizer=optimizer, contestant=contestant, round=round, first_s=first, first_mb=mb, modules=modules,
-                dynamo=modules > 500, **{f'fit_{n}_s': s for n,s in zip((22,66), fits)})
+    return dict(run=run, optimizer=optimizer, contestant=contestant, round=round, first_s=first, first_mb=mb,
+                modules=modules, dynamo=modules > 500, **{f'fit_{n}_s': s for n,s in zip((22,66), fits)})
 
 def pair(fastai, ours, **kw): return [fit('fastai', *fastai, **kw), fit('ours', *ours, **kw)]
 
@@ -42,7 +43,7 @@ for make in ({', '.join(ELEVEN)}):
     make([p], lr=0.1).step()'''
 
 def test_first_step_imports_little():
-    "Neither a fit, nor making all eleven and a step of each, imports `torch._dynamo`, which takes a second, or much else"
+    "Neither a fit, nor all eleven and a step of each, imports `torch._dynamo`, which takes a second, or much else"
     assert len(ELEVEN) == 11
     fit = 'with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(1)'
     new = new_modules(fit+STEPS, 'from fastxtend_jit.cold import digits\nlearn = digits(adam_jit)')
@@ -61,18 +62,22 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     assert 'cold, round 1 of 1, lion: first step fastai' in capsys.readouterr().out
     r = Report.load(tmp_path)
-    assert [*r.cold.columns] == ['run','optimizer','contestant','round','first_s','first_mb','modules','dynamo','fit_1_s','fit_3_s']
-    assert r.cold.optimizer.tolist() == ['lion']*2 and r.cold.contestant.tolist() == ['fastai','ours'] and not len(r.cells)
-    assert (0 < r.cold.first_s).all() and (r.cold.first_s < r.cold.fit_1_s).all() and (r.cold.fit_1_s < r.cold.fit_3_s).all()
+    assert [*r.cold.columns] == ['run','optimizer','contestant','round','first_s','first_mb','modules','dynamo',
+                                 'fit_1_s','fit_3_s']
+    assert r.cold.optimizer.tolist() == ['lion']*2 and r.cold.contestant.tolist() == ['fastai','ours']
+    assert not len(r.cells) and (0 < r.cold.first_s).all()
+    assert (r.cold.first_s < r.cold.fit_1_s).all() and (r.cold.fit_1_s < r.cold.fit_3_s).all()
     assert r.cold.modules[0] == 0 and not r.cold.dynamo[0]
     assert {'ahead_1_s','speed_3','break_even'} <= {*r.cold_table()} and 'ahead_3_s' in str(r)
     assert (tmp_path/'cold.png').read_bytes()[:4] == b'\x89PNG'
 
 def test_says_what_failed():
-    with pytest.raises(RuntimeError, match="partial\\(adam_jit, tiger=1\\) failed.*[\\s\\S]*tiger"): in_new_process('partial(adam_jit, tiger=1)', (1,))
+    with pytest.raises(RuntimeError, match=r'partial\(adam_jit, tiger=1\) failed.*[\s\S]*tiger'):
+        in_new_process('partial(adam_jit, tiger=1)', (1,))
 
 def test_round_trip(tmp_path):
-    r = report(pair((0.01,0.3,0.9), (1.5,1.7,2.0), modules=869) + pair((0.01,0.3,0.9), (0.02,0.3,0.9), optimizer='lion'))
+    slow,fast = (1.5,1.7,2.0),(0.02,0.3,0.9)
+    r = report(pair((0.01,0.3,0.9), slow, modules=869) + pair((0.01,0.3,0.9), fast, optimizer='lion'))
     r.save(tmp_path)
     pd.testing.assert_frame_equal(Report.load(tmp_path).cold_table(), r.cold_table())
     report([]).save(tmp_path)
@@ -84,15 +89,17 @@ def test_table():
     r = report(pair((0.1,1.,3.), (0.6,1.4,2.6)) + slow + pair((0.1,1.,3.), (0.1,1.,4.), optimizer='a'))
     t = r.cold_table()
     assert t.index.tolist() == ['adam','a']
-    assert np.allclose(t.loc['adam',['fastai_first_s','ours_first_s','ahead_22_s','ahead_66_s','speed_66']].tolist(), [0.1,0.6,-0.4,0.6,6/5.2])
+    columns = ['fastai_first_s','ours_first_s','ahead_22_s','ahead_66_s','speed_66']
+    assert np.allclose(t.loc['adam',columns].tolist(), [0.1,0.6,-0.4,0.6,6/5.2])
     assert t.break_even.tolist() == [22+18,np.inf] and not t.dynamo.any()
 
 def test_memory_and_modules():
     r = report([fit('fastai', 0.1, 1, 2, mb=2.), fit('ours', 1.5, 2, 3, mb=162., modules=869)])
     assert r.cold_table().loc['adam',['extra_mb','modules','dynamo']].tolist() == [160,869,True]
 
-@pytest.mark.parametrize('ahead,n', [({0:-.5, 22:-.4, 66:.4}, 44), ({0:-1, 100:-.5}, 200), ({0:-.1, 22:.1}, 11), ({0:.1, 22:.1}, 0),
-                                     ({0:-.1, 22:.1, 66:-.2, 132:.4}, 88), ({0:-.1, 22:-.3}, np.inf), ({0:-.1, 22:-.1}, np.inf)])
+@pytest.mark.parametrize('ahead,n', [
+    ({0:-.5, 22:-.4, 66:.4}, 44), ({0:-1, 100:-.5}, 200), ({0:-.1, 22:.1}, 11), ({0:.1, 22:.1}, 0),
+    ({0:-.1, 22:.1, 66:-.2, 132:.4}, 88), ({0:-.1, 22:-.3}, np.inf), ({0:-.1, 22:-.1}, np.inf)])
 def test_break_even(ahead, n): assert break_even(pd.Series(ahead)) == n
 
 def test_plot():

@@ -13,28 +13,34 @@ from tests.cases import *
 from fastai.callback.all import CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,SaveModelCallback
 from fastai.torch_core import set_seed
 from fastxtend_jit.compare import _Run,_table
+from tests import engine
+from tests.support import eight
 
-eight = pytest.mark.parametrize('case', EIGHT, ids=str)
-
-def snapshot(learn):
+def all_of(learn):
     "All of a Learner that must stay, copied"
     item = lambda o: o.clone() if isinstance(o, torch.Tensor) else copy.deepcopy(o)
-    return dict(model={k:item(v) for k,v in learn.model.state_dict().items()}, grads=[p.grad is not None and item(p.grad) for p in learn.model.parameters()],
-        requires=[p.requires_grad for p in learn.model.parameters()], training=learn.model.training,
-        opt=learn.opt and item(learn.opt.state_dict()), frozen=learn.opt and learn.opt.frozen_idx, opt_id=id(learn.opt),
-        cbs=[id(cb) for cb in learn.cbs], recorder={k:item(getattr(learn.recorder, k, None)) for k in ('lrs','losses','values','iters','log')},
-        rng=[dl.rng.getstate() for dl in learn.dls.loaders], loaders=[id(dl) for dl in learn.dls.loaders], attrs=sorted(vars(learn)),
-        python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), items=[item(getattr(getattr(dl, 'items', None), 'idxs', None)) for dl in learn.dls.loaders])
+    opt,ps,dls = learn.opt,[*learn.model.parameters()],learn.dls.loaders
+    return dict(
+        model={k:item(v) for k,v in learn.model.state_dict().items()}, training=learn.model.training,
+        grads=[p.grad is not None and item(p.grad) for p in ps], requires=[p.requires_grad for p in ps],
+        opt=opt and item(opt.state_dict()), frozen=opt and opt.frozen_idx, opt_id=id(opt),
+        cbs=[id(cb) for cb in learn.cbs], attrs=sorted(vars(learn)),
+        recorder={k:item(getattr(learn.recorder, k, None)) for k in ('lrs','losses','values','iters','log')},
+        rng=[dl.rng.getstate() for dl in dls], loaders=[id(dl) for dl in dls],
+        items=[item(getattr(getattr(dl, 'items', None), 'idxs', None)) for dl in dls],
+        python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
 
 def compared(learn, steps=6, **kw):
     "What `compare_opt` returns, once it is sure that it changed nothing"
-    before = snapshot(learn)
+    before = all_of(learn)
     res = learn.compare_opt(steps, **{'show':False, **kw})
-    after = snapshot(learn)
+    after = all_of(learn)
     assert not [k for k in before if not equal(before[k], after[k])]
     return res
 
-def same(df, tol): return (df['relative to largest'].dropna() <= tol).all() and df['relative to largest'].notna().sum() == len(df)-3
+def alike(df, tol):
+    off = df['relative to largest']
+    return (off.dropna() <= tol).all() and off.notna().sum() == len(df)-3
 
 @eight
 @pytest.mark.parametrize('made', ['frozen','native','jit'])
@@ -46,7 +52,7 @@ def test_compare_opt(case, made, tmp_path):
     if made == 'jit': learn.to_jit()
     df = compared(learn)
     assert list(df.columns[:2]) == [case.native.__name__,case.jit.__name__] and df.columns.name == 'medians of 6 steps'
-    assert same(df, 1e-10) and (df.iloc[:3,:3] > 0).all().all()
+    assert alike(df, 1e-10) and (df.iloc[:3,:3] > 0).all().all()
     moved = df.iloc[4:,1]
     assert len(moved) == 3 and (moved[1:] > 1e-5).all() and (moved.iloc[0] == 0) == (made == 'frozen')
     assert [len(v) for v in df.attrs['losses'].values()] == [6,6]
@@ -56,26 +62,27 @@ def test_compare_other_learners(make, tmp_path):
     set_seed(0)
     learn = make(Adam, tmp_path)
     learn.fit(1, 1e-2)
-    assert same(compared(learn), 1e-9)
+    assert alike(compared(learn), 1e-9)
 
 def test_compare_tells_a_difference(tmp_path, monkeypatch):
     learn = vision(Adam, tmp_path)
     right = adam_jit_step.compiled
-    monkeypatch.setitem(vars(adam_jit_step), 'compiled', lambda **kw: right(**{**kw, 'lr': kw['lr']*1.5}))
+    engine.run_instead(monkeypatch, adam_jit_step, lambda **kw: right(**{**kw, 'lr': kw['lr']*1.5}))
     assert (compared(learn)['relative to largest'].dropna() > 1e-4).all()
 
 def test_compare_with_callbacks(tmp_path):
     "Callbacks that change training are in it; those that write or stop keep still"
     learn = vision(Adam, tmp_path)
-    learn.add_cbs([GradientClip(0.1), GradientAccumulation(16), SaveModelCallback(monitor='valid_loss', with_opt=True), CSVLogger(), EarlyStoppingCallback()])
+    learn.add_cbs([GradientClip(0.1), GradientAccumulation(16), SaveModelCallback(monitor='valid_loss', with_opt=True),
+                   CSVLogger(), EarlyStoppingCallback()])
     df = compared(learn, 8)
-    assert same(df, 1e-10) and len(df.attrs['seconds']['Adam']['optimizer step']) == 4
+    assert alike(df, 1e-10) and len(df.attrs['seconds']['Adam']['optimizer step']) == 4
     assert not list(tmp_path.rglob('*'))
 
 def test_compare_dropout(tmp_path):
     learn = vision(Adam, tmp_path)
     learn.model = nn.Sequential(learn.model[0], learn.model[1], nn.Sequential(nn.Dropout(0.5), *learn.model[2]))
-    assert same(compared(learn), 1e-10)
+    assert alike(compared(learn), 1e-10)
 
 def test_compare_frozen_with_old_gradients(tmp_path):
     "As in fastai, weights frozen after training go on decaying: their gradients are zero, not `None`"
@@ -83,11 +90,11 @@ def test_compare_frozen_with_old_gradients(tmp_path):
     learn.fit(1, 1e-2)
     learn.freeze()
     df = compared(learn, lr=1e-2)
-    assert same(df, 1e-10) and 1e-4 < df.iloc[4,1] < 1e-2
+    assert alike(df, 1e-10) and 1e-4 < df.iloc[4,1] < 1e-2
 
 def test_compare_rest(tmp_path):
     learn = vision(partial(SGD, mom=0.9), tmp_path)
-    assert same(compared(learn, 25, lr=1e-3), 1e-10)  # more steps than batches
+    assert alike(compared(learn, 25, lr=1e-3), 1e-10)  # more steps than batches
     learn.model[0][0].weight.data.fill_(float('nan'))
     assert compared(learn)['largest difference'].isna().sum() > 3  # a model that is broken does not look equal
     with pytest.raises(ValueError, match='at least 1'): learn.compare_opt(0)

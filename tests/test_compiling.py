@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor,nn
 
-from fastxtend_jit import proof,script
 from fastxtend_jit.script import JitStep
 from tests.cases import *
+from tests.engine import forget_trials,has_compiled,plan_of,runs_compiled,set_compile_after,watch_trials
 
 every = pytest.mark.parametrize('case', ALL, ids=str)
 
@@ -29,34 +29,32 @@ def trained(step, steps):
     assert p.tolist() == pytest.approx([1-0.1*steps]*2)
     return opt,[str(w.message) for w in told]
 
-def is_compiled(step): return isinstance(vars(step).get('compiled'), torch.jit.ScriptFunction)
-
 def test_lazy(monkeypatch):
     "It is compiled after so many steps, of all optimizers together, by one new plan for each"
-    monkeypatch.setattr(script, 'compile_after', 5)
+    set_compile_after(5, monkeypatch)
     step = JitStep(adds, lazy=True)
     first,told = trained(step, 3)
-    plan = first._plan
-    assert not told and 'compiled' not in vars(step) and 'not compiled yet' in str(first.explain())
+    assert not told and not has_compiled(step) and 'not compiled yet' in str(first.explain())
     second,_ = trained(step, 2)
-    assert 'compiled' not in vars(step)
+    assert not has_compiled(step)
     for opt in (first,second):
         opt.step()
-        assert is_compiled(step) and opt._plan.compiled and 'not compiled yet' not in str(opt.explain())
-        plan = opt._plan
+        assert has_compiled(step) and runs_compiled(opt) and 'not compiled yet' not in str(opt.explain())
+        plan = plan_of(opt)
         opt.step()
-        assert opt._plan is plan
+        assert plan_of(opt) is plan
 
 def test_eager(monkeypatch):
     "A step of one's own is compiled when the optimizer is made"
-    monkeypatch.setattr(script, 'compile_after', 5)
-    assert is_compiled(trained(JitStep(adds), 0)[0].opt_step)
+    set_compile_after(5, monkeypatch)
+    assert has_compiled(trained(JitStep(adds), 0)[0].opt_step)
     with pytest.raises(RuntimeError, match='in-place call on a list'): trained(JitStep(drops), 0)
 
-@pytest.mark.parametrize('fn,why', [(drops,'computes other `params`'), (mistaken,'')], ids=lambda o: getattr(o, '__name__', None))
+@pytest.mark.parametrize('fn,why', [(drops,'computes other `params`'), (mistaken,'')],
+                         ids=lambda o: getattr(o, '__name__', None))
 def test_lazy_step_that_cannot_be_compiled(fn, why, monkeypatch):
     "It goes on as plain Python, with a warning: training is not the time for an error"
-    monkeypatch.setattr(script, 'compile_after', 2)
+    set_compile_after(2, monkeypatch)
     step = JitStep(fn, lazy=True)
     opt,told = trained(step, 5)
     assert len(told) == 1 and f'`{fn.__name__}` goes on as plain Python' in told[0] and why in told[0]
@@ -69,11 +67,8 @@ def test_ours_are_lazy():
 @every
 def test_second_optimizer_tries_nothing(case, monkeypatch):
     "Another one of the kind, a group more, or another training, finds the verdicts of the first"
-    runs = []
-    real = proof._Trial.run
-    monkeypatch.setattr(proof._Trial, 'run', lambda *args: runs.append(args) or real(*args))
-    for faults in ('_faults','_passes'): monkeypatch.setattr(proof, faults, {})
-    monkeypatch.setattr(proof, '_proved', set())
+    runs = watch_trials(monkeypatch)
+    forget_trials(monkeypatch)
     def train(n_groups):
         ps = [nn.Parameter(torch.ones(3,4)) for _ in range(n_groups)]
         opt = case.make([[p] for p in ps], True)

@@ -1,4 +1,4 @@
-"What fastai does to an optimizer: scenarios that a Learner goes through with fastai's own optimizer and with ours, for all eight"
+"What fastai does to an optimizer: scenarios that a Learner goes through with fastai's own and with ours, for all"
 import pickle
 from copy import deepcopy
 from numbers import Number
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.learners import Float64,autocast_net,cross_entropy,float32_net,float64_net,gan,quiet,tabular,text,vision
 from tests.cases import *
-from tests.test_parity import dev
+from tests.support import every
 from fastai.basics import Callback,Learner,load_learner,set_seed,tensor
-from fastai.callback.all import (CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,ModelToHalf,NonNativeMixedPrecision,
-                                 ReduceLROnPlateau,SaveModelCallback)
+from fastai.callback.all import (CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,ModelToHalf,
+                                 NonNativeMixedPrecision,ReduceLROnPlateau,SaveModelCallback)
 from fastai.vision.gan import set_freeze_model
 from fastxtend_jit.trace import Calls
 
@@ -24,7 +24,6 @@ pytestmark = [pytest.mark.filterwarnings(f) for f in (
     'ignore:You are shadowing an attribute',         # fastai's GANs
     'ignore:The given NumPy array is not writable',  # fastai's tabular data
     'ignore:grad and param do not obey')]            # what `data_replaced` is about
-every = pytest.mark.parametrize('case', ALL, ids=str)
 
 SCENARIOS = {}
 def scenario(f=None, make=vision, **kw):
@@ -34,7 +33,8 @@ def scenario(f=None, make=vision, **kw):
 
 def tensors(learn):
     "Parameters and the optimizer's state"
-    return [*learn.model.parameters(), *(v for *_,st,_ in learn.opt.all_params() for v in st.values() if isinstance(v, Tensor)), *slow(learn.opt)]
+    state = (v for *_,st,_ in learn.opt.all_params() for v in st.values() if isinstance(v, Tensor))
+    return [*learn.model.parameters(), *state, *slow(learn.opt)]
 
 def before_batch(f): return Callback(before_batch=lambda cb: f(cb.learn) if cb.training else None)
 
@@ -153,7 +153,8 @@ def loggers(learn):
     "As those of wandb, tensorboard and comet read hypers; and a file"
     log,csv = [],CSVLogger()
     def read(cb):
-        if cb.training: log.append([cb.opt.hypers[-1]['lr'], cb.opt.frozen_idx, {f'{k}_{i}':v for i,h in enumerate(cb.opt.hypers) for k,v in h.items()}])
+        hypers = {f'{k}_{i}':v for i,h in enumerate(cb.opt.hypers) for k,v in h.items()}
+        if cb.training: log.append([cb.opt.hypers[-1]['lr'], cb.opt.frozen_idx, hypers])
     learn.fit_one_cycle(2, slice(1e-3,0.02), cbs=[Callback(after_batch=read), csv])
     assert all(isinstance(v, Number) for _,_,h in log for v in h.values())
     csv.learn = learn
@@ -164,7 +165,8 @@ def loggers(learn):
 def mixed_precision(learn):
     "fastai's mixed precision, which names 'cuda', on the model's own device"
     dev = next(learn.model.parameters()).device.type
-    return mock.patch.multiple('fastai.callback.fp16', autocast=lambda _,**kw: torch.autocast(dev, **kw), GradScaler=lambda _,**kw: torch.amp.GradScaler(dev, **kw))
+    return mock.patch.multiple('fastai.callback.fp16', autocast=lambda _,**kw: torch.autocast(dev, **kw),
+                               GradScaler=lambda _,**kw: torch.amp.GradScaler(dev, **kw))
 
 @scenario(net=autocast_net)
 def bf16(learn):
@@ -175,7 +177,8 @@ def fp16(learn):
     "The scale starts, and grows again, beyond what fp16 holds: steps are skipped"
     skipped = []
     log = Callback(after_step=lambda cb: skipped.append(cb.learn.mixed_precision.skipped))
-    with mixed_precision(learn): learn.to_fp16(init_scale=2.**22, growth_interval=2).fit_one_cycle(4, 0.02, cbs=[log, GradientClip(0.05)])
+    with mixed_precision(learn):
+        learn.to_fp16(init_scale=2.**22, growth_interval=2).fit_one_cycle(4, 0.02, cbs=[log, GradientClip(0.05)])
     learn.to_fp32().fit(1, 0.02)
     assert 4 <= sum(skipped) <= 12
     return skipped
@@ -287,7 +290,8 @@ def export(learn):
 def deep_copy(learn):
     learn.fit(1, 0.02)
     other = deepcopy(learn)
-    where = lambda learn: {t.data_ptr() for t in tensors(learn)} | {*map(id, learn.opt.hypers)} | {id(st) for *_,st,_ in learn.opt.all_params()}
+    ids = lambda opt: {*map(id, opt.hypers)} | {id(st) for *_,st,_ in opt.all_params()}
+    where = lambda learn: {t.data_ptr() for t in tensors(learn)} | ids(learn.opt)
     assert not where(learn) & where(other)
     assert all(p is q for p,q in zip(other.opt.all_params().itemgot(0), other.model.parameters()))
     for l in (learn,other): set_seed(2); l.fit_one_cycle(2, 0.02)
@@ -296,19 +300,20 @@ def deep_copy(learn):
 
 # ---
 
-def train(case, jit, name, dev, path):
+def played(case, jit, name, dev, path):
     "The Learner after its scenario, and what that returned"
     f,make = SCENARIOS[name]
     set_seed(1, reproducible=True)
     learn = make(partial(case.jit if jit else case.native, **case.kw), path, dev)
     return learn,f(learn)
 
-def same(ours, native, tol=1e-9):
+def same_learner(ours, native, tol=1e-9):
     "Are weights, buffers, the optimizer's state and the records equal?"
     theirs = native.model.state_dict()
     for n,t in ours.model.state_dict().items(): close(t, theirs[n], tol, n)
     same_state(ours.opt, native.opt, tol)
-    assert getattr(ours.opt, 'count', None) == getattr(native.opt, 'count', None) and len(slow(ours.opt)) == len(slow(native.opt))
+    assert getattr(ours.opt, 'count', None) == getattr(native.opt, 'count', None)
+    assert len(slow(ours.opt)) == len(slow(native.opt))
     for s,t in zip(slow(ours.opt), slow(native.opt)): close(s, t, tol, 'slow weights')
     a,b = ours.recorder,native.recorder
     assert a.lrs == b.lrs and getattr(a, 'hps', None) == getattr(b, 'hps', None)
@@ -317,18 +322,24 @@ def same(ours, native, tol=1e-9):
 # One-cycle schedules `mom`, also for optimizers that have none
 no_mom = [('fit_one_cycle',c) for c in CASES if c.kw.get('mom') == 0.]
 
-@pytest.mark.parametrize('name,case', [(n,c) for n in SCENARIOS for c in ALL+TWO_AHEAD] + no_mom, ids=str)
+def every_third():
+    "Each scenario with each optimizer, slow but for every third: all of both are among those"
+    pairs = [(i+j,n,c) for i,n in enumerate(SCENARIOS) for j,c in enumerate(ALL+TWO_AHEAD)]
+    return [pytest.param(n, c, marks=[pytest.mark.slow]*(k%3 > 0)) for k,n,c in pairs]
+
+@pytest.mark.parametrize('name,case', [*every_third(), *no_mom], ids=str)
 def test_contract(case, name, dev, tmp_path):
-    (native,more),(ours,our_more) = [train(case, jit, name, dev, tmp_path) for jit in (False,True)]
-    same(ours, native)
-    if isinstance(more, Learner): same(our_more, more)
+    (native,more),(ours,our_more) = [played(case, jit, name, dev, tmp_path) for jit in (False,True)]
+    same_learner(ours, native)
+    if isinstance(more, Learner): same_learner(our_more, more)
     else: assert our_more == more
 
 @every
-@pytest.mark.parametrize('to', [torch.float64,'cuda'], ids=str)
+@pytest.mark.parametrize('to', [torch.float64,*DEVICES[1:]], ids=str)
 def test_model_to(case, to, tmp_path):
-    "State that no longer fits is an error before anything changes (fastai goes on, with averages in the old dtype), and `clear_state` mends it"
-    if to == 'cuda' and not torch.cuda.is_available(): pytest.skip('there is no GPU')
+    """State that no longer fits is an error before anything changes, and `clear_state` mends it
+
+    fastai goes on, with averages in the old dtype"""
     learns = []
     for f in (case.native,case.jit):
         set_seed(1)
@@ -344,12 +355,13 @@ def test_model_to(case, to, tmp_path):
         x,y = torch.randn(8, 2, 6, 6, dtype=torch.float64).to(to),torch.arange(8)%3
         cross_entropy(learn.model.eval()(x), y.to(x.device)).backward()
     before = [t.clone() for t in tensors(ours)]
-    with pytest.raises(ValueError, match=r"State `grad_avg` of parameter 0 of group 0 .* (dtype|device) .*call `clear_state\(\)`"): ours.opt.step()
+    says = r'State `grad_avg` of parameter 0 of group 0 .* (dtype|device) .*call `clear_state\(\)`'
+    with pytest.raises(ValueError, match=says): ours.opt.step()
     assert all(map(torch.equal, tensors(ours), before))
     for learn in learns:
         learn.opt.clear_state()
         learn.fit(1, 0.02)
-    same(ours, native)
+    same_learner(ours, native)
 
 @every
 def test_zero_grad(case, dev, tmp_path):
@@ -362,7 +374,8 @@ def test_zero_grad(case, dev, tmp_path):
     grads = [p.grad for p in ps]
     with Calls() as seen: learn.opt.zero_grad()
     assert all(p.grad is g for p,g in zip(ps, grads)) and not any(g.any() for g in grads[1:])
-    assert {*seen.calls} == {'_foreach_zero_'} and seen.calls.total() <= len({(s.get('do_wd'),id(pg)) for _,pg,s,_ in learn.opt.all_params()})
+    buckets = {(s.get('do_wd'),id(pg)) for _,pg,s,_ in learn.opt.all_params()}
+    assert {*seen.calls} == {'_foreach_zero_'} and seen.calls.total() <= len(buckets)
     # a gradient with a graph (`create_graph`) comes off it
     ps[1].grad = ps[1]*2
     graph = ps[1].grad
@@ -385,5 +398,8 @@ def test_pickle(case):
 @every
 def test_summary(case, tmp_path):
     opt_func,native = [vision(partial(f, **case.kw), tmp_path, net=float32_net) for f in (case.jit,case.native)]
-    text = lambda l: (l.create_opt(), l.freeze(), [s for s in str(l.summary()).splitlines() if not s.startswith('Optimizer used')])[-1]
+    def text(learn):
+        learn.create_opt()
+        learn.freeze()
+        return [s for s in str(learn.summary()).splitlines() if not s.startswith('Optimizer used')]
     assert text(opt_func) == text(native)

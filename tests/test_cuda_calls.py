@@ -1,4 +1,4 @@
-"CUDA without a GPU: on fake tensors, count the ATen calls and kernel launches of a step, and find where the host would wait for the device"
+"CUDA without a GPU: on fake tensors, count the ATen calls and launches of a step, and find where the host would wait"
 from typing import List
 
 import pandas as pd
@@ -7,11 +7,13 @@ import torch
 from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastxtend_jit import script
 from fastxtend_jit.bench import rows
 from fastxtend_jit.trace import Launches
+from tests import engine
 from tests.cases import *
-from tests.launches import cuda_launches,pytorch,with_grads,xresnet_shapes
+from tests.engine import pytorch
+from tests.support import every
+from tests.tools.launches import cuda_launches,with_grads,xresnet_shapes
 
 @pytest.fixture
 def fake_cuda(request):
@@ -19,7 +21,9 @@ def fake_cuda(request):
     with pytorch(fused=request.param == 'fused'),FakeTensorMode(): yield
 
 paths = pytest.mark.parametrize('fake_cuda', ['fused','foreach'], indirect=True)
-both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in ALL)], ids=str, indirect=['fake_cuda'])
+both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in ALL)],
+                                ids=str, indirect=['fake_cuda'])
+fused = pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
 
 def count(opt, steps=1, device='cuda'):
     "Calls and waits of the next `steps` steps, with other hypers at each"
@@ -36,13 +40,13 @@ def per_tensor(case):
 
 @both
 def test_calls(case, fake_cuda):
-    "No step waits, and none has more calls for more tensors: RAdam before and after it rectifies, Ranger with lookaheads"
+    "No step waits, and none has more calls for more tensors: RAdam in both phases, Ranger with lookaheads"
     few,many = [count(case.make(with_grads([(4,3)]*n), True), 8)[1:] for n in (2,5)]  # the first step allocates
     assert not any(w for _,w in few+many)
     for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= 25 + 2*per_tensor(case)
     if case.jit in (radam_jit,ranger_jit): assert len({*few}) > 1  # it went through its phases
 
-@pytest.mark.parametrize('case', ALL, ids=str)
+@every
 @paths
 def test_buckets(case, fake_cuda):
     "Parameters without decay, as a Learner's batchnorms, are one call more"
@@ -52,7 +56,7 @@ def test_buckets(case, fake_cuda):
     (_,(a,_)),(_,(b,_)) = count(one, 2),count(two, 2)
     assert a < b <= 2*a
 
-@pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
+@fused
 def test_zero_grad(fake_cuda):
     opt = EIGHT[0].make(with_grads([(4,3)]*6), True)
     with Launches() as c: opt.zero_grad()
@@ -61,14 +65,17 @@ def test_zero_grad(fake_cuda):
 def item_step(params:List[Tensor], grads:List[Tensor], lr:float): params[0].mul_(1 - lr*float(grads[0].sum().item()))
 def bool_step(params:List[Tensor], grads:List[Tensor], lr:float):
     if bool(grads[0].sum() > 0): torch._foreach_add_(params, grads, alpha=-lr)
-def made_step(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_mul_(params, torch.full([], lr, dtype=torch.float64))
+def made_step(params:List[Tensor], grads:List[Tensor], lr:float):
+    torch._foreach_mul_(params, torch.full([], lr, dtype=torch.float64))
 
 @pytest.mark.parametrize('step', [item_step,bool_step,made_step], ids=lambda f: f.__name__)
 @paths
 def test_waits_are_seen(step, fake_cuda): assert count(JitOptimizer(with_grads([(4,3)]*2), step, lr=0.1))[0][1]
 
 def launches(case, shapes, gen, jit=True, steps=(2,10,12), big=False):
-    "Launches of the steps with these numbers, which reach RAdam before and after it rectifies, and Ranger's lookahead; nothing waits"
+    """Launches of the steps with these numbers; nothing waits
+
+    They reach RAdam before and after it rectifies, and Ranger's lookahead"""
     opt,res = case.make(with_grads(shapes), jit),[]
     with pytorch(gen):
         for i in range(1, max(steps)+1):
@@ -78,9 +85,10 @@ def launches(case, shapes, gen, jit=True, steps=(2,10,12), big=False):
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw], ids=str)
 @pytest.mark.parametrize('gen', ['old','new'])
-@pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
+@fused
+@pytest.mark.slow
 def test_launches(case, gen, fake_cuda):
-    "At most 80 for the 167 tensors of xresnet50, and one more for four tensors more, by the rules before and after PyTorch 2.11"
+    "At most 80 for the 167 tensors of xresnet50, one for four tensors more, by the rules before and after PyTorch 2.11"
     shapes = xresnet_shapes()
     one,two = (launches(case, shapes*n, gen) for n in (1,2))
     assert max(one) <= 80
@@ -94,18 +102,22 @@ def test_launch_rules():
     xs,ys = ([torch.zeros(8) for _ in range(200)] for _ in range(2))
     assert count(torch._foreach_mul_, xs, 2.) == 2        # 110 tensors of one list a launch
     assert count(torch._foreach_add_, xs, ys) == 4        # 64 of two
-    assert count(torch._foreach_add_, xs[:3], [y.view(2,4)[:,:2].flatten()[:1].expand(8) for y in ys[:3]]) == 3  # expanded: the slow way
+    expanded = [y.view(2,4)[:,:2].flatten()[:1].expand(8) for y in ys[:3]]
+    assert count(torch._foreach_add_, xs[:3], expanded) == 3  # the slow way
     assert count(torch._foreach_add_, xs[:3], [torch.zeros(8).double() for _ in range(3)]) == 3
     assert count(torch._foreach_zero_, [torch.zeros(65536*400)]) == 2  # 320 pieces a launch
     ones = [*torch.ones(200).unbind()]
     assert [count(torch._foreach_addcmul_, xs, ys, ones, gen=g) for g in ('old','new')] == [200,5]
-    assert count(torch.stack, xs) == 2 and count(lambda: xs[0].view(2,4).t()) == 0 and count(lambda: xs[0].sum().item()) == 1
+    assert count(torch.stack, xs) == 2
+    assert count(lambda: xs[0].view(2,4).t()) == 0 and count(lambda: xs[0].sum().item()) == 1
     a,b = torch.empty_strided((8,4,1,1), (4,1,4,4)),torch.empty_strided((8,4,1,1), (4,1,1,1))
-    def adamw(g): torch._fused_adamw_([a], [g], [a.clone()], [a.clone()], [], [torch.ones([])], lr=0., beta1=0., beta2=0., weight_decay=0., eps=1., amsgrad=False, maximize=False)
+    kw = dict(lr=0., beta1=0., beta2=0., weight_decay=0., eps=1., amsgrad=False, maximize=False)
+    def adamw(g): torch._fused_adamw_([a], [g], [a.clone()], [a.clone()], [], [torch.ones([])], **kw)
     assert count(adamw, b) == 4  # and two copies and a number
-    with pytest.raises(RuntimeError, match='same'): count(adamw, b, gen='old')  # PyTorch 2.4 compares strides of dimensions of size 1
+    # PyTorch 2.4 compares strides of dimensions of size 1
+    with pytest.raises(RuntimeError, match='same'): count(adamw, b, gen='old')
 
-@pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
+@fused
 def test_rest_lookahead(fake_cuda):
     "Frozen parameters are looked ahead together, not in the batches of a CPU"
     ps = with_grads([(300,300)]*118 + [(4,3)])
@@ -116,7 +128,7 @@ def test_rest_lookahead(fake_cuda):
     assert l.calls.total() <= 12
 
 @pytest.mark.parametrize('gen', ['old','new'])
-@pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
+@fused
 def test_strides_of_size_1(gen, fake_cuda):
     "A gradient whose strides differ in such dimensions alone is viewed with its parameter's, which costs nothing"
     for case in ALL:
@@ -131,7 +143,8 @@ def test_cuda_launches():
     "The table on the page performance"
     t = cuda_launches([(2,2),(2,),(2,2),(2,)]).set_index('optimizer')
     assert (t.tensors == 4).all() and t.index.tolist() == [*rows]
-    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2  # decay, average (2 launches) and update of each; decay of all, then all the rest
+    # decay, average (2 launches) and update of each; decay of all, then all the rest
+    assert t.fastai['sgd'] == 4*4 and t.ours['sgd'] == 2
     assert t.ours_to_2_10['lamb'] >= t.ours['lamb'] and t.ours_to_2_10['adam'] == t.ours['adam']
 
 # TorchScript's own fuser
@@ -141,27 +154,35 @@ def fusible(params:List[Tensor], grads:List[Tensor], lr:float):
     q = lr * n / (n*0.1 + n + 1.)
     torch._foreach_addcmul_(params, grads, torch.where(q < lr, q, lr).unbind(), -1.)
 
+@pytest.fixture
+def fuser():
+    "TorchScript's fuser of tensor expressions, on a CPU too, for steps that are compiled meanwhile"
+    c = torch._C
+    def switch(on_cpu, llvm, enabled):
+        c._jit_override_can_fuse_on_cpu(on_cpu)
+        c._jit_set_te_must_use_llvm_cpu(llvm)
+        c._jit_set_texpr_fuser_enabled(enabled)
+        engine.forget_compiled()
+    old = c._jit_can_fuse_on_cpu(),c._jit_get_te_must_use_llvm_cpu(),c._jit_texpr_fuser_enabled()
+    switch(True, False, True)
+    yield
+    switch(*old)
+
 @pytest.mark.parametrize('case', [None,*CASES], ids=str)
-def test_no_kernels_at_run_time(case, monkeypatch):
+def test_no_kernels_at_run_time(case, fuser):
     "Allowed to, it makes none for ours: what it would take on CUDA it takes on a CPU too. It does for the example"
-    old = torch._C._jit_can_fuse_on_cpu(),torch._C._jit_get_te_must_use_llvm_cpu(),torch._C._jit_texpr_fuser_enabled()
-    try:
-        torch._C._jit_override_can_fuse_on_cpu(True); torch._C._jit_set_te_must_use_llvm_cpu(False); torch._C._jit_set_texpr_fuser_enabled(True)
-        script._over.cache_clear()
-        ps = with_grads([(4,3),(5,)], 'cpu')
-        for p in ps: p.data.fill_(1.); p.grad.fill_(1.)
-        opt = case.make(ps, True) if case else JitOptimizer(ps, fusible, lr=0.1)
-        opt.step()
-        script._over.cache_clear()  # the proof's trials, with lists of several lengths, would keep the fuser away
-        opt._plan = None
-        for _ in range(4): opt.step()
-        graph = str(torch.jit.last_executed_optimized_graph())
-    finally:
-        torch._C._jit_override_can_fuse_on_cpu(old[0]); torch._C._jit_set_te_must_use_llvm_cpu(old[1]); torch._C._jit_set_texpr_fuser_enabled(old[2])
-        script._over.cache_clear()
+    ps = with_grads([(4,3),(5,)], 'cpu')
+    for p in ps: p.data.fill_(1.); p.grad.fill_(1.)
+    opt = case.make(ps, True) if case else JitOptimizer(ps, fusible, lr=0.1)
+    opt.step()
+    engine.forget_compiled()  # the proof's trials, with lists of several lengths, would keep the fuser away
+    engine.drop_plan(opt)
+    for _ in range(4): opt.step()
+    graph = str(torch.jit.last_executed_optimized_graph())
     assert ('TensorExprGroup' in graph) == (case is None)
 
-@pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
+@fused
+@pytest.mark.slow
 def test_table(record_property, fake_cuda):
     "What fastai and ours need for xresnet50, printed below the other results"
     table,names = {},['step 2','step 10','step 12']
@@ -173,4 +194,5 @@ def test_table(record_property, fake_cuda):
         row |= {('ours, CUDA 13',n):v for n,v in zip(names, launches(case, xresnet_shapes(), 'new', big=True))}
         table[case.native.__name__] = row
     df = pd.DataFrame(table).T
-    record_property('show', f"Kernel launches of a step on CUDA by ATen's rules: xresnet50, 167 tensors\n{df.to_string()}")
+    title = "Kernel launches of a step on CUDA by ATen's rules: xresnet50, 167 tensors"
+    record_property('show', f'{title}\n{df.to_string()}')

@@ -1,5 +1,5 @@
 "The demo in a small setting"
-from tests.demo import main
+from tests.tools.demo import main
 
 def test_demo(tmp_path, capsys):
     results = main(epochs=1, bs=128, chart=tmp_path/'demo.png')

@@ -9,14 +9,17 @@ import torch.distributed.fsdp
 from tests.cases import AHEAD,ALL
 
 pytest.importorskip('accelerate', reason='needs Accelerate, from the extra `dev`')
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('distributed')]  # what a process has found is for all
 root = Path(__file__).parent.parent
 sharded = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='FSDP2 came with PyTorch 2.6')
 NAMES   = dict.fromkeys(['ddp','accelerate'], ()) | dict.fromkeys(['fsdp','hsdp','mixed','placements'], sharded)
 
 def torchrun(*args):
     "Run a program in two processes; what it printed"
-    out = subprocess.run([sys.executable,'-W','ignore','-m','torch.distributed.run','--nproc-per-node','2','--standalone',*map(str,args)], cwd=root,
-                         capture_output=True, text=True, timeout=300, env={**os.environ,'OMP_NUM_THREADS':'1','CUDA_VISIBLE_DEVICES':'','PYTHONWARNINGS':'ignore'})
+    cmd = [sys.executable,'-W','ignore','-m','torch.distributed.run','--nproc-per-node','2','--standalone',
+           *map(str,args)]
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'CUDA_VISIBLE_DEVICES':'', 'PYTHONWARNINGS':'ignore'}
+    out = subprocess.run(cmd, cwd=root, capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stdout+out.stderr
     return out.stdout
 

@@ -1,5 +1,5 @@
-"`to_jit`, `to_native`, `jit_opt` and `explain`, and the messages that a new user meets"
-import copy,pickle
+"`to_jit`, `to_native` and `jit_opt`, and the messages that a new user meets"
+import pickle
 from functools import partial
 from typing import List
 
@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch import nn,Tensor
 
-from tests.learners import equal,quiet,tensor_dls,vision
+from tests import engine
+from tests.learners import quiet,tensor_dls,vision
 from tests.cases import *
+from tests.support import eight
 from fastai.callback.core import Callback
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
-from fastxtend_jit import learner,proof
 from fastxtend_jit.learner import counterparts,factories_of,jit_opt
-from fastxtend_jit.trace import Calls
-
-eight = pytest.mark.parametrize('case', EIGHT, ids=str)
 
 # --- which goes with which
 
@@ -30,7 +28,9 @@ def test_jit_opt(native, jit):
     assert jit_opt(f) is f
     assert pickle.loads(pickle.dumps(f)).func is jit
 
-@pytest.mark.parametrize('bad', [torch.optim.Adam, partial(OptimWrapper, opt=torch.optim.Adam), lambda ps, lr: Optimizer(ps, [sgd_step], lr=lr), lambda ps, lr: 1/0, adam_jit_step, 'Adam', None])
+@pytest.mark.parametrize('bad', [torch.optim.Adam, partial(OptimWrapper, opt=torch.optim.Adam),
+                                 lambda ps, lr: Optimizer(ps, [sgd_step], lr=lr), lambda ps, lr: 1/0, adam_jit_step,
+                                 'Adam', None])
 def test_no_counterpart(bad, tmp_path):
     for f in (lambda: jit_opt(bad), vision(bad, tmp_path).to_jit, vision(bad, tmp_path).to_native):
         with pytest.raises(TypeError, match=r'has no counterpart.*SGD \(sgd_jit\).*ranger \(ranger_jit\)'): f()
@@ -42,9 +42,10 @@ def test_function_as_factory(native):
     def mine(ps, mom=0.9, **kw): made.append(ps); return native(ps, mom=mom, **kw)
     f = jit_opt(mine)
     opt = f([nn.Parameter(torch.ones(3))], lr=0.1, mom=0.5)
-    assert len(made) == 2 and opt.opt_step is jit_opt(native)([torch.ones(1)], lr=0.).opt_step and opt.hypers[0]['mom'] == 0.5
-    assert jit_opt(f) is f and learner._counterpart(f, False) is mine
-    g = learner._counterpart(jit_opt(partial(f, mom=0.7)), False)
+    assert len(made) == 2 and opt.hypers[0]['mom'] == 0.5
+    assert opt.opt_step is jit_opt(native)([torch.ones(1)], lr=0.).opt_step
+    assert jit_opt(f) is f and engine.counterpart(f, False) is mine
+    g = engine.counterpart(jit_opt(partial(f, mom=0.7)), False)
     assert g.func is mine and g.keywords == dict(mom=0.7)
 
 @pytest.mark.parametrize('case', AHEAD, ids=str)
@@ -68,7 +69,9 @@ def test_no_native(native, jit, tmp_path):
     assert learn.to_jit() is learn
     learn.fit(1)
     opt = learn.opt
-    with pytest.raises(TypeError, match=f'`{jit.__name__}_step`, an optimizer that fastai does not have, has no counterpart'): learn.to_native()
+    name = f'`{jit.__name__}_step`'
+    with pytest.raises(TypeError, match=f'{name}, an optimizer that fastai does not have, has no counterpart'):
+        learn.to_native()
     assert learn.opt is opt and learn.opt_func is jit
 
 # --- a live optimizer
@@ -84,6 +87,8 @@ def grads(seed, shapes):
     torch.manual_seed(seed)
     return [torch.randn(s, dtype=torch.float64) for s in shapes]
 
+def state_ids(opt): return {id(t) for st in opt.state.values() for t in st.values() if isinstance(t, Tensor)}
+
 def walk(case, switches, shapes=[(3,),(7,5),(),(4,2,3,3)], steps=24):
     "Train in float64; at each of `switches`, convert the optimizer"
     start = grads(0, shapes)
@@ -94,10 +99,9 @@ def walk(case, switches, shapes=[(3,),(7,5),(),(4,2,3,3)], steps=24):
     for i in range(steps):
         if i in switches:
             old,jit = opt,not jit
-            opt = learner._converted(opt, jit)
+            opt = engine.converted(opt, jit)
             assert opt is not old and isinstance(opt, JitOptimizer) == jit and opt.frozen_idx == old.frozen_idx
-            assert not {id(t) for st in old.state.values() for t in st.values() if isinstance(t, torch.Tensor)} & \
-                       {id(t) for st in opt.state.values() for t in st.values() if isinstance(t, torch.Tensor)}
+            assert not state_ids(old) & state_ids(opt)
         if i == 4: opt.freeze_to(1)   # frozen, without `clear_state`, and with a gradient left from before
         if i == 14: opt.freeze_to(0)
         opt.set_hyper('lr', [h['lr']*0.99 for h in opt.hypers])
@@ -114,14 +118,14 @@ def walk(case, switches, shapes=[(3,),(7,5),(),(4,2,3,3)], steps=24):
 def test_converts_in_the_middle(case, switches):
     never,now = walk(case, ()),walk(case, switches)
     for i,(p,q) in enumerate(zip(never.ps, now.ps)): close(q, p, TOL[torch.float64], f'parameter {i}')
-
     same_state(now, never, TOL[torch.float64])
     assert never.frozen_idx == now.frozen_idx
     if hasattr(never, 'slow_weights'): assert (never.count,never.k,never.alpha) == (now.count,now.k,now.alpha)
 
 class MyOptimizer(Optimizer): "May do anything"
 
-@pytest.mark.parametrize('make', [lambda ps, lr: Optimizer(ps, [sgd_step], lr=lr), lambda ps, **kw: MyOptimizer(ps, [], **kw),
+@pytest.mark.parametrize('make', [lambda ps, lr: Optimizer(ps, [sgd_step], lr=lr),
+                                  lambda ps, **kw: MyOptimizer(ps, [], **kw),
                                   lambda ps, **kw: OptimWrapper(ps, torch.optim.SGD, **kw),
                                   lambda ps, lr: Optimizer(ps, [partial(sgd_step, odd=[1])], lr=lr)])
 def test_live_without_counterpart(make, tmp_path):
@@ -132,10 +136,11 @@ def test_live_without_counterpart(make, tmp_path):
     with pytest.raises(TypeError, match=r'live optimizer.*has no counterpart.*SGD \(sgd_jit\)'): learn.to_jit()
     assert learn.opt is opt and learn.opt_func is Adam
 
-def lion_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float): torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
+def sign_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float):
+    torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
 
 def test_own_step_has_no_native(tmp_path):
-    learn = vision(partial(JitOptimizer, opt_step=lion_step, mom=0.9), tmp_path)
+    learn = vision(partial(JitOptimizer, opt_step=sign_step, mom=0.9), tmp_path)
     learn.create_opt()
     learn.opt_func = adam_jit
     with pytest.raises(TypeError, match='has no counterpart'): learn.to_native()
@@ -161,7 +166,8 @@ def fit_switching(case, path, between, within):
 
 @eight
 def test_learner_goes_on(case, tmp_path):
-    never,now = fit_switching(case, tmp_path, noop, noop),fit_switching(case, tmp_path, Learner.to_jit, Learner.to_native)
+    never = fit_switching(case, tmp_path, noop, noop)
+    now = fit_switching(case, tmp_path, Learner.to_jit, Learner.to_native)
     assert isinstance(now.opt, JitOptimizer) and now.opt_func.func is case.jit and now.opt_func.keywords == case.kw
     for (n,p),q in zip(never.model.state_dict().items(), now.model.state_dict().values()): close(q, p, 1e-9, n)
     assert now.to_native() is now and not isinstance(now.opt, JitOptimizer) and now.opt_func.func is case.native
@@ -186,93 +192,19 @@ def test_vision_learner(tmp_path):
 
 @eight
 def test_mistakes(case, tmp_path):
-    name = case.jit.__name__
-    with pytest.raises(TypeError, match=fr"{name}\(\) got an unexpected keyword argument 'momm'"): vision(partial(case.jit, momm=0.9), tmp_path).fit(1)
-    with pytest.raises(AssertionError, match='Trying to set 2 values for lr but there are 3 parameter groups'): vision(case.jit, tmp_path).fit(1, (1e-3,1e-2))
-    learn = vision(globals()[f'{name}_step'], tmp_path)
+    name,p = case.jit.__name__,nn.Parameter(torch.ones(2))
+    step = globals()[f'{name}_step']
+    with pytest.raises(TypeError, match=fr"{name}\(\) got an unexpected keyword argument 'momm'"):
+        vision(partial(case.jit, momm=0.9), tmp_path).fit(1)
+    with pytest.raises(AssertionError, match='Trying to set 2 values for lr but there are 3 parameter groups'):
+        vision(case.jit, tmp_path).fit(1, (1e-3,1e-2))
+    learn = vision(step, tmp_path)
     with pytest.raises(TypeError, match=fr'`{name}_step` is a step function.*takes a factory'): learn.fit(1)
     learn = vision(case.jit, tmp_path)
     learn.create_opt()
-    with pytest.warns(UserWarning, match=f'`{name}_step` does not use the hyper `momm`; it uses lr, '): learn.opt.set_hyper('momm', 0.9)
-    with pytest.raises(TypeError, match=f'`{name}_step` takes no epsilon; it takes '): JitOptimizer([nn.Parameter(torch.ones(2))], globals()[f'{name}_step'], lr=0.1, epsilon=1e-5)
+    with pytest.warns(UserWarning, match=f'`{name}_step` does not use the hyper `momm`; it uses lr, '):
+        learn.opt.set_hyper('momm', 0.9)
+    with pytest.raises(TypeError, match=f'`{name}_step` takes no epsilon; it takes '):
+        JitOptimizer([p], step, lr=0.1, epsilon=1e-5)
     learn.opt.set_hyper('mom', 'high')
     with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
-
-# --- explain
-
-def explained(case, dtype=torch.float32, steps=1, shapes=[(300,40),(40,),(8,4,3,3)]):
-    opt = case.make([[nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]], True)
-    for p in opt.all_params().itemgot(0): p.grad = torch.randn_like(p)
-    for _ in range(steps): opt.step()
-    return opt
-
-@pytest.mark.parametrize('steps', [1,5,12])
-@pytest.mark.parametrize('case', CASES, ids=str)
-def test_explain(case, steps):
-    "It counts what the next step really calls, and changes nothing"
-    opt = explained(case, steps=steps)
-    before = copy.deepcopy((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].taken))
-    df = opt.explain()
-    assert equal((opt.state_dict(), list(opt.all_params().itemgot(0)), opt._plan.buckets[0].taken), before)
-    with Calls() as real: opt.step()
-    assert df['ATen calls'].sum() == real.calls.total()
-    assert df['tensors'].sum() == 3 and df['elements'].sum() == 300*40+40+8*4*9 and (df['wd'] == 0.01).all()
-
-def path(opt): return opt.explain().iloc[0][['path','why not faster']].tolist()
-
-def test_explain_says_why(monkeypatch):
-    adam,radam,qhadam = [Case(None, j, kw) for j,kw in ((adam_jit,{}), (radam_jit,{}), (qhadam_jit,dict(nu_2=0.8)))]
-    assert path(explained(adam)) == ['fused','']
-    assert path(explained(radam)) == ['foreach','fused from a later step on'] and path(explained(radam, steps=9)) == ['fused','']
-    assert path(explained(qhadam)) == ['foreach','no fused form for these hypers']
-    opt = explained(adam)
-    p = opt.param_lists[0][2]
-    p.grad = p.grad.to(memory_format=torch.channels_last)
-    assert sorted(opt.explain()['why not faster']) == ['','copies 1 gradients']
-    own = JitOptimizer([nn.Parameter(torch.randn(3))], lion_step, lr=0.1, mom=0.9)
-    own.param_lists[0][0].grad = torch.randn(3)
-    own.step()
-    assert path(own) == ['foreach','the step has no fused form']
-    gaps = adam_jit([nn.Parameter(torch.randn(4, 9)[:,::2])], 0.1)
-    gaps.param_lists[0][0].grad = torch.randn(4, 5)
-    gaps.step()
-    assert path(gaps) == ['foreach','the parameters have gaps in memory']
-    monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'no fused kernel for bfloat16 on cpu')
-    assert path(explained(adam, torch.bfloat16)) == ['foreach','no fused kernel for bfloat16 on cpu']
-    monkeypatch.setitem(vars(adam_jit_step), 'compiled', adam_jit_step.fn)
-    assert path(explained(adam))[1] == 'no fused kernel for bfloat16 on cpu; TorchScript cannot compile here'
-
-def test_explain_before_fused_was_tried():
-    "What a dry run only pretends to compute tells nothing about the kernels"
-    opt = explained(EIGHT[2])
-    proof._faults.clear()
-    assert path(opt) == ['fused',''] and not any(proof._faults.values())
-
-def test_explain_buckets():
-    ps = [nn.Parameter(torch.randn(n, dtype=d)) for n,d in ((5,torch.float32),(6,torch.float32),(7,torch.float64),(8,torch.float32))]
-    opt = adam_jit([ps[:3],ps[3:]], 0.1, wd=0.1)
-    opt.state[ps[1]]['do_wd'] = False
-    for p in ps: p.grad = torch.randn_like(p)
-    opt.step()
-    df = opt.explain()
-    assert df[['group','wd','dtype','device','elements']].values.tolist() == [[0,0.1,'float32','cpu',5], [0,0.,'float32','cpu',6], [0,0.1,'float64','cpu',7], [1,0.1,'float32','cpu',8]]
-
-def test_explain_scratch():
-    def step(params:List[Tensor], grads:List[Tensor], lr:float):
-        a = torch._foreach_mul(grads, 2.)
-        b = torch._foreach_mul(a, 2.)
-        a = torch._foreach_mul(b, lr)
-        torch._foreach_sub_(params, a)
-    opt = JitOptimizer([nn.Parameter(torch.randn(2**18))], step, lr=0.1)
-    opt.param_lists[0][0].grad = torch.randn(2**18)
-    opt.step()
-    assert opt.explain()['scratch, MiB'].tolist() in ([2.],[3.])  # two of them live at a time, three where Python lets go later
-
-@pytest.mark.parametrize('when', ['new','no gradient','cleared','copied'])
-def test_explain_before_the_first_step(when):
-    opt = explained(EIGHT[-1], steps=when != 'new')
-    if when == 'cleared': opt.clear_state()
-    if when == 'copied': opt = copy.deepcopy(opt)
-    if when == 'no gradient':
-        for p in opt.all_params().itemgot(0): p.grad = None
-    with pytest.raises(RuntimeError, match='no step to explain yet.*Take one first'): opt.explain()

@@ -5,22 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastxtend_jit import bucket
+from tests import engine
 from tests.cases import *
+from tests.support import cases,slow_but
 
-SCENARIOS = dict(
-    plain    = dict(schedule=False),
-    schedule = dict(),
-    groups   = dict(n_groups=3, no_wd=[1,4]),
-    late     = dict(late={1:3, 4:9, 5:30}, no_wd=[2,5]),
-    layouts  = dict(laid_out=True),
-)
-cases = pytest.mark.parametrize('case', CASES, ids=str)
-
-@pytest.fixture(params=DEVICES)
-def dev(request):
-    if request.param == 'cuda' and not torch.cuda.is_available(): pytest.skip('there is no GPU')
-    return request.param
+# Slow, as they have least of their own: others have the same dtype or the same scenario
+LESS = [('plain',torch.float64), ('schedule',torch.float32), ('late',torch.float32)]
+KINDS = [(s,d) for s in SCENARIOS for d in TOL]
+kinds = pytest.mark.parametrize('scenario,dtype', slow_but([k for k in KINDS if k not in LESS], KINDS), ids=str)
+PATHS = ['foreach','uncompiled','uncompiled foreach','small batches','compiled late']
 
 def check(case, tol, **kw):
     native,jit = run(case, **kw)
@@ -30,11 +23,11 @@ def check(case, tol, **kw):
     for a,b in zip(slow(jit), slow(native)): close(a, b, tol, 'slow weights')
 
 @cases
-@pytest.mark.parametrize('scenario', SCENARIOS)
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@kinds
 def test_parity(case, scenario, dtype, dev): check(case, TOL[dtype], dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @cases
+@pytest.mark.slow
 def test_200_steps(case, dev): check(case, 1e-9, dtype=torch.float64, steps=200, dev=dev, n_groups=2, late={3:50})
 
 @cases
@@ -49,28 +42,19 @@ def test_bfloat16(case, scenario, dev):
     assert ours <= 1.05*theirs
     for p,q in zip(native.ps, jit.ps): close(q, p, 2**-5)
 
-def truth_of(case, dev, given, **kw):
-    "fastai's optimizer in float64, on what `run` feeds to the one in dtype `given`"
-    real = torch.randn
-    try:
-        torch.randn = lambda *a,dtype,**k: real(*a, dtype=given, **k).double()
-        return run(case, dtype=torch.float64, dev=dev, **kw)[0]
-    finally: torch.randn = real
-
 @cases
-@pytest.mark.parametrize('path', ['foreach','uncompiled','uncompiled foreach','small batches'])
+@pytest.mark.parametrize('path', slow_but(['foreach','small batches','compiled late'], PATHS))
 def test_other_paths(case, path, dev, monkeypatch):
-    "Without fused kernels, as on Apple's mps; without TorchScript, as on Python 3.14; and cut into many small batches"
-    if 'foreach' in path: monkeypatch.setattr('fastxtend_jit.plan.fused_fault', lambda *_: 'none')
-    if 'uncompiled' in path:
-        step = case.step
-        monkeypatch.setitem(vars(step), 'compiled', step.fn)
-    if 'small' in path: monkeypatch.setattr(bucket, 'batch_size', 100)
-    for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()): check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
+    "Without fused kernels, as on mps; without TorchScript, or with it from the 10th step on; and in many small batches"
+    if 'foreach' in path: engine.set_fused_fault(monkeypatch, 'none')
+    if 'uncompiled' in path: engine.run_uncompiled(monkeypatch, case.step)
+    if 'small' in path: engine.use_batches_of(monkeypatch, 100)
+    for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()):
+        if 'late' in path: engine.set_compile_after(case.step.uses+10, monkeypatch)
+        check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @pytest.mark.parametrize('case', AHEAD, ids=str)
-@pytest.mark.parametrize('scenario', SCENARIOS)
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@kinds
 def test_lookahead(case, scenario, dtype, dev):
     "fastai's `Lookahead` around any"
     check(case, TOL[dtype], dtype=dtype, dev=dev, **SCENARIOS[scenario])
@@ -85,20 +69,22 @@ def test_all():
     scope = {}
     exec('from fastxtend_jit.all import *', scope)
     names = [j.__name__ for _,j in PAIRS+OTHERS]
-    assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), 'JitOptimizer', 'JitLookahead', 'jit_opt'}
+    rest = {'JitOptimizer', 'JitLookahead', 'jit_opt'}
+    assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), *rest}
 
 @pytest.mark.parametrize('dtype', TOL, ids=str)
 @pytest.mark.parametrize('steps', [25,200])
-@pytest.mark.parametrize('jit,other,hypers', [(lion_jit,'Lion',dict(betas=(0.9,0.99))), (adan_jit,'Adan',dict(betas=(0.98,0.92,0.99), eps=1e-6)),
-                                              (stableadam_jit,'StableAdamW',dict(betas=(0.9,0.99), eps=1e-6))],
-                         ids=lambda o: getattr(o, '__name__', ''))
+@pytest.mark.parametrize('jit,other,hypers', [
+    (lion_jit,'Lion',dict(betas=(0.9,0.99))), (adan_jit,'Adan',dict(betas=(0.98,0.92,0.99), eps=1e-6)),
+    (stableadam_jit,'StableAdamW',dict(betas=(0.9,0.99), eps=1e-6))], ids=lambda o: getattr(o, '__name__', ''))
 def test_optimi(jit, other, hypers, steps, dtype, dev):
     "Optimizers that fastai has not, beside another implementation: defaults, a schedule, a gradient that jumps"
     optimi = pytest.importorskip('optimi')
     torch.manual_seed(0)
     start = [torch.randn(s, device=dev, dtype=dtype) for s in SHAPES]
     ours,theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    opt,ref = jit(ours, lr=0.01, wd=0.1),getattr(optimi, other)(theirs, lr=0.01, weight_decay=0.1, triton=False, **hypers)
+    opt = jit(ours, lr=0.01, wd=0.1)
+    ref = getattr(optimi, other)(theirs, lr=0.01, weight_decay=0.1, triton=False, **hypers)
     for i in range(steps):
         opt.set_hyper('lr', 0.01*(1 - i/steps))
         ref.param_groups[0]['lr'] = 0.01*(1 - i/steps)

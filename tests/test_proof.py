@@ -9,20 +9,19 @@ import torch
 from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastxtend_jit import plan,proof
 from fastxtend_jit.fragments import average_grad,scale_
 from fastxtend_jit.script import jit_step
-from fastxtend_jit.trace import clock
+from tests import engine
 from tests.cases import *
-from tests.cuda_kernels import CudaKernels,as_on_cuda
+from tests.cuda_kernels import CudaKernels
+from tests.support import cases,every,python_calls,slow_but
 
-cases = pytest.mark.parametrize('case', CASES, ids=str)
+DTYPES = [torch.float32,torch.float64,torch.bfloat16,torch.float16]
 
 @pytest.fixture(autouse=True)
-def unproved(monkeypatch):
-    "As in a new process"
-    monkeypatch.setattr(proof, '_faults', {})
-    monkeypatch.setattr(proof, '_proved', set())
+def unproved(monkeypatch): engine.forget_trials(monkeypatch)
+
+def faults(opt): return [engine.why_not_fused(b) for b in engine.buckets_of(opt)]
 
 def stepped(make, dtype=torch.float32, device='cpu'):
     "An optimizer after a step, and the warnings that it gave"
@@ -35,34 +34,38 @@ def stepped(make, dtype=torch.float32, device='cpu'):
     return opt,[str(w.message) for w in ws if 'fused' in str(w.message)]
 
 @cases
-@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_ours_are_proved(case, dtype):
     "In every form and dtype, here"
     opt,told = stepped(lambda ps: case.make(ps, True), dtype)
     # on a CPU, PyTorch's kernel for SGD computes wrong numbers in float16 before 2.15, in bfloat16 in older ones
     wrong_before = {torch.float16:(2,15), torch.bfloat16:(2,14)}.get(dtype, (0,))
-    if told and tuple(map(int, torch.__version__.split('.')[:2])) < wrong_before: assert 'other numbers' in told[0]; return
-    assert not told and all(('fused' in opt.opt_step.args) == (not b.fault) for b in opt._plan.buckets)
-    assert len(proof._proved) == 1
+    if told and tuple(map(int, torch.__version__.split('.')[:2])) < wrong_before:
+        assert 'other numbers' in told[0]
+        return
+    assert not told and all(('fused' in opt.opt_step.args) == (not f) for f in faults(opt))
+    assert engine.number_proved() == 1
 
 @cases
 @pytest.mark.parametrize('generation', ['old','new'])
-@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', slow_but([torch.float32], DTYPES), ids=str)
 def test_ours_are_proved_on_cuda(case, generation, dtype, monkeypatch):
     "And with the arithmetic of CUDA's kernels"
-    as_on_cuda(monkeypatch)
-    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+    engine.as_on_cuda(monkeypatch)
+    engine.let_modes_in(monkeypatch)
     with CudaKernels(generation): _,told = stepped(lambda ps: case.make(ps, True), dtype)
     assert not told
 
 # RMSProp as it was: a beta next to 1 keeps the average, a step count of 2**53 makes its debiasing about 1
-def kept(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], lr:float, mom:float, sqr_mom:float, eps:float, fused:bool):
+def kept(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], sqr_avg:List[Tensor], lr:float, mom:float,
+         sqr_mom:float, eps:float, fused:bool):
     average_grad(grad_avg, grads, mom)
     if fused:
         keep,many = 1 - 2.**-53,2.**53
         c = 1 - keep**many
         steps = [torch.full([], many, dtype=torch.float32, device=params[0].device)] * len(params)
-        torch._fused_adamw_(params, grads, grad_avg, sqr_avg, [], steps, lr=lr*c, beta1=keep, beta2=sqr_mom, weight_decay=0., eps=eps, amsgrad=False, maximize=False)
+        torch._fused_adamw_(params, grads, grad_avg, sqr_avg, [], steps, lr=lr*c, beta1=keep, beta2=sqr_mom,
+                            weight_decay=0., eps=eps, amsgrad=False, maximize=False)
         return
     scale_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, grads, grads, 1-sqr_mom)
@@ -71,18 +74,20 @@ def kept(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], sqr_avg
     torch._foreach_addcdiv_(params, grad_avg, denom, -lr)
 
 def test_broken_identity(monkeypatch):
-    "One that holds on a CPU, and on CUDA up to PyTorch 2.10, but not later: the plain form is used there, one warning says so, and `explain` why"
+    """One that holds on a CPU, and on CUDA up to PyTorch 2.10, but not later
+
+    The plain form is used there, one warning says so, and `explain` why"""
     make = lambda ps: JitOptimizer(ps, jit_kept, lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8)
     jit_kept = jit_step(kept, elementwise=True)
     assert not stepped(make)[1]
-    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+    engine.let_modes_in(monkeypatch)
     for generation,found in (('old',False),('new',True)):
-        monkeypatch.setattr(proof, '_faults', {})
-        with CudaKernels(generation) as kernels:
+        engine.keep_faults_in(monkeypatch, {})
+        with CudaKernels(generation):
             opt,told = stepped(make)
             assert len(told) == found
             again,more = stepped(make)
-            assert not more and bool(again._plan.buckets[0].fault) is found
+            assert not more and bool(faults(again)[0]) is found
             assert opt.param_lists[0][0].isfinite().all()
     assert '`kept` does without fused kernels on cpu in float32' in told[0] and 'other numbers for `params`' in told[0]
     assert 'other numbers for `params`' in opt.explain()['why not faster'][0]
@@ -103,20 +108,25 @@ def in_average(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], l
     torch._foreach_add_([m.view(-1) for m in grad_avg], [g.view(-1) for g in grads])
     torch._foreach_add_(params, grads, alpha=-lr)
 def in_fused(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, fused:bool):
-    if fused: torch._fused_sgd_(params, grads, [m for m in grad_avg], weight_decay=0., momentum=0.5, lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+    if fused:
+        torch._fused_sgd_(params, grads, [m for m in grad_avg], weight_decay=0., momentum=0.5, lr=lr, dampening=0.,
+                          nesterov=False, maximize=False, is_first_step=False)
     else:
         average_grad(grad_avg, grads, 0.5)
         torch._foreach_add_([p for p in params], grad_avg, alpha=-lr)
-def in_lookahead(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool, lr:float):
+def in_lookahead(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool,
+                 lr:float):
     torch._foreach_add_(params, grads, alpha=-lr)
     if lookahead: torch._foreach_copy_(slow_weights[:3], params[:3])
 
-@pytest.mark.parametrize('f,make,lost', [(in_slice,JitOptimizer,'params'), (in_average,JitOptimizer,'grad_avg'), (in_fused,JitOptimizer,'params'), (in_lookahead,JitLookahead,'slow_weights')],
+@pytest.mark.parametrize('f,make,lost', [(in_slice,JitOptimizer,'params'), (in_average,JitOptimizer,'grad_avg'),
+                                         (in_fused,JitOptimizer,'params'), (in_lookahead,JitLookahead,'slow_weights')],
                          ids=lambda o: getattr(o, '__name__', o))
 def test_dropped_call(f, make, lost):
     "Found when the optimizer is made, for its state by name"
+    says = f'`{f.__name__}` computes other `{lost}` than as plain Python.*in-place call on a list'
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f'`{f.__name__}` computes other `{lost}` than as plain Python.*in-place call on a list'): make([nn.Parameter(torch.ones(2))], f, lr=0.1)
+        with pytest.raises(RuntimeError, match=says): make([nn.Parameter(torch.ones(2))], f, lr=0.1)
 
 def test_dropped_call_without_hypers():
     "If hypers come later, at the first step"
@@ -134,20 +144,21 @@ def picky(params:List[Tensor], grads:List[Tensor], lr:float):
     if params[0].dim() != 7: raise ValueError('seven')
     torch._foreach_add_(params, grads, alpha=-lr)
 
-def test_leaves_no_trace():
+def test_leaves_no_trace(monkeypatch):
     "A step that draws, inside other modes; one that cannot take small tensors is not held against"
     state,threads = torch.get_rng_state(),torch.get_num_threads()
-    modes = dict(none=nullcontext, inference=torch.inference_mode, device=lambda: torch.device('meta'), double=lambda: CudaKernels('new'))
+    modes = dict(none=nullcontext, inference=torch.inference_mode, device=lambda: torch.device('meta'),
+                 double=lambda: CudaKernels('new'))
     for mode in modes.values():
-        proof._faults.clear(); proof._proved.clear()
+        engine.forget_trials(monkeypatch)
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
         with mode():
             opt = JitOptimizer([p], noisy, lr=0.1)
             assert torch.equal(torch.get_rng_state(), state)
-            plan.Plan(opt, [p], [p.grad])
+            engine.make_plan(opt, [p], [p.grad])
         assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads and p.eq(1.).all()
-        assert [*proof._faults.values()] == [''] and len(proof._proved) == 1
+        assert engine.faults_found() == [''] and engine.number_proved() == 1
     JitOptimizer([nn.Parameter(torch.ones(3))], picky, lr=0.1)
 
 def test_fake_tensors():
@@ -156,9 +167,9 @@ def test_fake_tensors():
         for device in ('cuda','meta'):
             if device == 'cuda' and torch.cuda.is_available(): continue
             opt,told = stepped(lambda ps: adam_jit(ps, 0.1), device=device)
-            assert not told and opt._plan.buckets[0].fault
+            assert not told and faults(opt)[0]
 
-# What an adversary found
+# Faults that show later, or only in odd places
 
 def set_params(opt, g=1.):
     for pg in opt.param_lists:
@@ -172,8 +183,10 @@ def constant_wrongly(params:List[Tensor], grads:List[Tensor], lr:float, n:int, f
 def drops_later(params:List[Tensor], grads:List[Tensor], lr:float, n:int):
     if n == 5: torch._foreach_add_([p for p in params], grads, alpha=-lr)
     else:      torch._foreach_add_(params, grads, alpha=-lr)
-def double(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool): torch._foreach_add_(params, grads, alpha=-lr*(2. if fused else 1.))
-def looks_wrongly(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool, lr:float, fused:bool):
+def double(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
+    torch._foreach_add_(params, grads, alpha=-lr*(2. if fused else 1.))
+def looks_wrongly(params:List[Tensor], grads:List[Tensor], slow_weights:List[Tensor], alpha:float, lookahead:bool,
+                  lr:float, fused:bool):
     torch._foreach_add_(params, grads, alpha=-lr)
     if lookahead:
         torch._foreach_lerp_(slow_weights, params, alpha*1.5 if fused else alpha)
@@ -206,7 +219,7 @@ def test_what_comes_later(lr):
     opt.n = 5; opt.step()
     assert p.tolist() == pytest.approx([0.9]*2)
     opt.n = 3; set_params(opt); opt.step()
-    assert p.tolist() == pytest.approx([0.9]*2) and not opt._plan.buckets[0].fault
+    assert p.tolist() == pytest.approx([0.9]*2) and not faults(opt)[0]
     opt,p = make(drops_later, n=3)
     opt.n = 5
     with pytest.raises(RuntimeError, match='in-place call on a list'): opt.step()
@@ -223,37 +236,28 @@ def test_lookahead_is_proved_before_it_comes():
 
 @pytest.mark.parametrize('step', [in_one_combination,only_matrices,no_zeros,zeroes_grads], ids=lambda f: f.__name__)
 def test_drops_in_odd_places(step):
-    with pytest.raises(RuntimeError, match='in-place call on a list'): JitOptimizer([nn.Parameter(torch.ones(2,2))], step, lr=0.1)
+    with pytest.raises(RuntimeError, match='in-place call on a list'):
+        JitOptimizer([nn.Parameter(torch.ones(2,2))], step, lr=0.1)
 
 def test_odd_hypers_hold_for_themselves():
     "A fault that comes from them is not held against others"
-    make = lambda **kw: stepped(lambda ps: adam_jit(ps, 0.1, **kw), torch.float16)[0]._plan.buckets[0].fault == ''
+    make = lambda **kw: faults(stepped(lambda ps: adam_jit(ps, 0.1, **kw), torch.float16)[0]) == ['']
     assert not make(sqr_mom=0.99999, eps=1e-9) and make(eps=1e-3)
 
-def test_threads():
+def test_threads(monkeypatch):
     "Two first steps at once leave the generator as it was"
     state = torch.get_rng_state()
     for _ in range(3):
-        proof._faults.clear(); proof._proved.clear()
+        engine.forget_trials(monkeypatch)
         threads = [Thread(target=stepped, args=(lambda ps,c=c: c.make(ps, True),)) for c in EIGHT[2:6]]
         for t in threads: t.start()
         for t in threads: t.join()
         assert torch.equal(torch.get_rng_state(), state)
 
-@pytest.mark.parametrize('case', ALL, ids=str)
-def test_cost(case, record_property):
-    "Milliseconds, once: the second optimizer of a kind pays nothing"
-    now = clock('cpu')
-    def seconds():
-        start = now()
-        stepped(lambda ps: case.make(ps, True))
-        return now()-start
-    seconds()                            # compiles
-    second = min(seconds() for _ in range(3))
-    firsts = []
-    for _ in range(3):
-        proof._faults.clear(); proof._proved.clear(); proof._passes.clear()
-        firsts.append(seconds())
-    record_property('milliseconds', 1000*(min(firsts)-second))
-    print(f'{case}: {1000*(min(firsts)-second):.1f} ms')
-    assert min(firsts)-second < 0.15  # 17 to 45 ms on an idle machine
+@every
+def test_tried_once(case, monkeypatch):
+    "The second optimizer of a kind tries nothing: the plain function, which a trial calls, is not called any more"
+    plain = case.step.fn
+    engine.forget_trials(monkeypatch)  # what `case.step` has tried
+    trials = lambda: python_calls(lambda: stepped(lambda ps: case.make(ps, True)), of=plain)
+    assert trials() > 0 and trials() == 0

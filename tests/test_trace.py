@@ -56,4 +56,5 @@ def test_memory(capfd):
         return x*3
     assert aten_calls(f) == 4 and 12000 <= peak_memory(f) < 12100
     assert peak_memory(lambda: x.add_(1)) < 100
-    assert peak_memory(xs.pop) == 0 and not capfd.readouterr().err  # PyTorch would say that it knows nothing of this one
+    # PyTorch would say that it knows nothing of this one
+    assert peak_memory(xs.pop) == 0 and not capfd.readouterr().err

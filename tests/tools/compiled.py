@@ -1,7 +1,7 @@
 """What `torch.compile` makes of a step: seconds until the first step is taken, then milliseconds, beside ours
 
-`python -m tests.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes compiled.csv. It
-needs a C++ compiler"""
+`python -m tests.tools.compiled nbs/performance` measures Adam, LARC and LAMB in their foreach forms and writes
+compiled.csv. It needs a C++ compiler"""
 import sys
 from copy import copy
 from pathlib import Path
@@ -28,7 +28,8 @@ def measure(model, optimizer, seconds=3.):
     first = now()-start
     for _ in range(3): compiled()
     times = interleave({'compiled':compiled, 'ours':opt.step}, seconds)
-    return dict(model=model, optimizer=optimizer, first_s=round(first, 1), compiled_ms=round(times['compiled'].median, 3), ours_ms=round(times['ours'].median, 3))
+    ms = {f'{n}_ms':round(t.median, 3) for n,t in times.items()}
+    return dict(model=model, optimizer=optimizer, first_s=round(first, 1), **ms)
 
 if __name__ == '__main__':
     res = [measure(m, o) for m in ('many_small','xresnet18') for o in ('adam','larc','lamb')]

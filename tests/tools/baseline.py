@@ -1,13 +1,14 @@
 """Why steps of large models take fastai as long as they do: memory that goes back to the system, and comes anew
 
-`python -m tests.baseline nbs/performance` measures steps by themselves and in training, with the system's allocator as it
-is (`default`) and told to keep what was freed (`kept`), each in a process of its own, and writes baseline.csv. Linux, CPU."""
+`python -m tests.tools.baseline nbs/performance` measures steps by themselves and in training, with the system's
+allocator as it is (`default`) and told to keep what was freed (`kept`), each in a process of its own, and writes
+baseline.csv. Linux, CPU."""
 import json,os,resource,subprocess,sys
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
-import fastai.callback.progress  # for `no_bar`
+import fastai.callback.progress  # noqa: F401, for `no_bar`
 from fastai.callback.core import Callback,CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -58,12 +59,13 @@ def measure(name, optimizer):
     return res
 
 def child(cell, env):
-    cmd = [sys.executable,'-W','ignore','-m','tests.baseline',*cell]
+    cmd = [sys.executable,'-W','ignore','-m','tests.tools.baseline',*cell]
     return json.loads(subprocess.run(cmd, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout)
 
 if __name__ == '__main__':
     if len(sys.argv) == 3: print(json.dumps(measure(*sys.argv[1:]))); sys.exit()
     kinds = dict(default={}, kept=KEPT)
-    res = pd.DataFrame([dict(model=c[0], optimizer=c[1], allocator=k, **child(c, env)) for c in CELLS for k,env in kinds.items()])
+    res = pd.DataFrame([dict(model=m, optimizer=o, allocator=k, **child((m,o), env))
+                        for m,o in CELLS for k,env in kinds.items()])
     res.to_csv(Path(sys.argv[1])/'baseline.csv', index=False, float_format='%.4g')
     print(res.to_string())

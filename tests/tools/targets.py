@@ -1,7 +1,7 @@
 """What this project set out to reach on a CPU, and whether a run of the benchmark shows it
 
-`python -m tests.targets nbs/performance` reads the figures that `python -m fastxtend_jit.bench` has left in a folder, and
-prints a table. Its status is 1 if a target is missed"""
+`python -m tests.tools.targets nbs/performance` reads the figures that `python -m fastxtend_jit.bench` has left in a
+folder, and prints a table. Its status is 1 if a target is missed"""
 import sys
 
 import pandas as pd
@@ -14,7 +14,8 @@ OF_LIMIT = dict(adam=0.9, radam=0.9, sgd_l2=0.9, rmsprop=0.85, ranger=0.85, sgd=
 SPEED    = {('many_small','larc'):5, ('many_small','lamb'):7, ('tabular','larc'):2.5, ('tabular','lamb'):2.5}
 ENGINE   = {'engine overhead a parameter, many_small, µs':1.5, 'engine overhead a parameter, 1,000 tensors, µs':1.5,
             'step a tensor, with 10,000 of them against 1,000':1.5, '100 groups of 10 tensors against one of 1,000':3,
-            'many_small after 2,000 steps against a new optimizer':1.1, 'import of fastxtend_jit.all after fastai, s':1.5}
+            'many_small after 2,000 steps against a new optimizer':1.1,
+            'import of fastxtend_jit.all after fastai, s':1.5}
 
 def lowest(target, bound, xs):
     "A line: the lowest of `xs` and where that is; none if there are no `xs`"

@@ -1,11 +1,9 @@
 """CUDA without a GPU: steps on fake tensors, and how many kernels they launch by ATen's rules
 
-`python -m tests.launches nbs/performance` writes the table that the page on performance shows, as launches.csv"""
+`python -m tests.tools.launches nbs/performance` writes the table that the page on performance shows, as launches.csv"""
 import sys
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pandas as pd
 import torch
@@ -13,18 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode,unset_fake_temporarily
 from fastai.vision.models.xresnet import xresnet50
 
-from fastxtend_jit import optimizer,plan
 from fastxtend_jit.bench import rows
 from fastxtend_jit.trace import Launches
-
-@contextmanager
-def pytorch(
-    gen='new', # By the rules of PyTorch 2.4 to 2.10 ('old') or from 2.11 on ('new')
-    fused=True # Do fused kernels hold?
-):
-    "Steps as they are on CUDA with another PyTorch. The one place that knows where the engine asks for this"
-    with (mock.patch.object(plan, 'fused_fault', lambda *_: '' if fused else 'none'),
-          mock.patch.object(optimizer, 'slow_numbers', gen == 'old')): yield
+from tests.engine import pytorch
 
 @cache
 def xresnet_shapes():
@@ -48,7 +37,8 @@ def launches(row, ours, gen, shapes):
 
 def cuda_launches(shapes):
     "A line for each optimizer: fastai's, and ours before PyTorch 2.11 and from then on"
-    return pd.DataFrame([dict(optimizer=n, tensors=len(shapes), fastai=launches(r, False, 'new', shapes) if r.native else float('nan'),
+    theirs = lambda r: launches(r, False, 'new', shapes) if r.native else float('nan')
+    return pd.DataFrame([dict(optimizer=n, tensors=len(shapes), fastai=theirs(r),
                               ours_to_2_10=launches(r, True, 'old', shapes), ours=launches(r, True, 'new', shapes))
                          for n,r in rows.items()])
 

@@ -1,6 +1,6 @@
 """The table of the front page: what `compare_opt` says of the digits as a table, saved for it
 
-`python -m tests.evidence nbs/performance` trains and writes compare_opt.csv"""
+`python -m tests.tools.evidence nbs/performance` trains and writes compare_opt.csv"""
 import sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.learner import Learner
 
 from fastxtend_jit.all import *
-from tests.demo import table
+from tests.tools.demo import table
 
 def compared(steps=100):
     set_seed(42)

@@ -1,5 +1,5 @@
-"`make demo`: train on scikit-learn's handwritten digits, as a table and as images, with fastai's Adam and with adam_jit, and compare"
-import os,warnings
+"`make demo`: train on handwritten digits, as a table and as images, with fastai's Adam and with adam_jit, and compare"
+import warnings
 from pathlib import Path
 from statistics import median
 
@@ -17,8 +17,9 @@ from fastxtend_jit.trace import clock
 def table(bs):
     "1797 rows of 64 pixels, each a category from 0 to 16; every fifth for validation. An embedding for each pixel"
     df = load_digits(as_frame=True).frame.astype(int)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=[c for c in df.columns if c != 'target'], y_names='target',
-                                     y_block=CategoryBlock(), valid_idx=list(range(0, len(df), 5)), bs=bs, device='cpu')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=[c for c in df.columns if c != 'target'],
+                                     y_names='target', y_block=CategoryBlock(),
+                                     valid_idx=list(range(0, len(df), 5)), bs=bs, device='cpu')
     return dls,tabular_learner(dls, layers=[200,100]).model
 
 def images(bs, width=32, depth=4):
@@ -54,7 +55,8 @@ def compared(learns):
     "Scores of each epoch and median times, side by side"
     scores = {n: pd.DataFrame(list(l.recorder.values), columns=l.recorder.metric_names[1:-1]) for n,l in learns.items()}
     scores = pd.concat(scores, axis=1).swaplevel(axis=1)[scores['Adam'].columns].rename_axis('epoch')
-    times = pd.DataFrame({n: [median(l.step_timer.opt_steps), median(l.step_timer.steps)] for n,l in learns.items()}, index=['optimizer step','whole training step'])
+    times = {n: [median(l.step_timer.opt_steps), median(l.step_timer.steps)] for n,l in learns.items()}
+    times = pd.DataFrame(times, index=['optimizer step','whole training step'])
     times['speed-up'] = times['Adam']/times['adam_jit']
     return scores,times
 
@@ -80,7 +82,8 @@ def main(
     chart:str='demo.png' # Where to save the chart
 ):
     "Train on handwritten digits with fastai's Adam, then with adam_jit from the same seed, and compare"
-    print(f"scikit-learn's 1797 handwritten digits, on a CPU with {torch.get_num_threads()} threads, torch {torch.__version__}, fastai {fastai.__version__}")
+    print(f"scikit-learn's 1797 handwritten digits, on a CPU with {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, fastai {fastai.__version__}")
     runs,results = {},{}
     for what,make in {'as a table':table, 'as images':images}.items():
         ps = list(make(bs)[1].parameters())
@@ -90,9 +93,9 @@ def main(
         print(f"\nSide by side\n\n{scores.to_string(float_format='{:.4f}'.format)}\n\n"
               f"{times.to_string(formatters=[*['{:.2f} ms'.format]*2, '{:.2f}x'.format])}   (medians)")
     draw(runs, chart)
-    print("\nThe model of the table is many small tensors and little arithmetic: there the optimizer takes much of the time. In a convolutional\n"
-          "network forward and backward take most of it, and a faster optimizer gains little, unless weights are many and batches small.\n"
-          "Where losses of the images differ in the third digit: fastai's own Adam does so after a change of 1e-7 in the weights,\n"
-          "since training magnifies rounding.")
+    print("\nThe model of the table is many small tensors and little arithmetic: there the optimizer takes much of\n"
+          "the time. In a convolutional network forward and backward take most of it, and a faster optimizer gains\n"
+          "little, unless weights are many and batches small. Where losses of the images differ in the third digit:\n"
+          "fastai's own Adam does so after a change of 1e-7 in the weights, since training magnifies rounding.")
     print(f"\nDifference of the losses: {Path(chart).resolve()}")
     return results

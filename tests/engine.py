@@ -1,0 +1,169 @@
+"""The seam: whatever tests know about the engine's privates, they know from here
+
+A test says what it wants: to forget what was tried, to cut into small batches, to stop in the kernels. How that is done
+is for the functions below, and a change of the engine changes no other file of the tests."""
+from contextlib import contextmanager,nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
+from fastxtend_jit import all as steps,bucket,fragments,learner,optimizer,plan,proof,script,snapshot
+from fastxtend_jit.script import JitStep
+
+# --- Plans and buckets
+
+def engine_files():
+    "Source files of what plans and takes a step"
+    return {m.__file__ for m in (optimizer,plan,bucket,snapshot)}
+
+def plan_of(opt):
+    "What the next step goes by, if nothing has changed; `None` if it has to be made"
+    return opt._plan
+
+def drop_plan(opt):
+    "The next step makes a plan anew"
+    opt._plan = None
+
+def make_plan(opt, params, grads):
+    "A plan by itself, which `opt` does not keep"
+    return plan.Plan(opt, params, grads)
+
+def prove(opt):
+    "Try what the next step would do, without taking it"
+    opt._prepare()
+    drop_plan(opt)
+
+def buckets_of(opt):
+    "Parameters that took a step together"
+    return plan_of(opt).buckets
+
+def why_not_fused(bucket):
+    "Why it goes without the fused form of the step; empty if it takes it"
+    return bucket.fault
+
+def steps_taken(bucket):
+    "How many steps its parameters have taken"
+    return bucket.taken
+
+# --- How much at a time
+
+def use_batches_of(monkeypatch, n):
+    "No batch has more than `n` elements"
+    for m in (bucket,plan): monkeypatch.setattr(m, 'batch_size', n)
+
+def threads_can_change():
+    "Does the engine set the number of threads for small tensors?"
+    return bucket.openmp()
+
+def replace_cut(monkeypatch, make):
+    "`make(cut)` in place of what cuts tensors into batches while a plan is made"
+    monkeypatch.setattr(bucket, 'cut', make(bucket.cut))
+
+# --- What is tried before it is used
+
+def forget_trials(monkeypatch):
+    "As in a new process: nothing has been tried"
+    monkeypatch.setattr(proof, '_faults', {})
+    monkeypatch.setattr(proof, '_proved', set())
+    monkeypatch.setattr(proof, '_passes', {})
+
+def keep_faults_in(monkeypatch, faults):
+    "A dict that outlasts a test, for what was found out about fused kernels"
+    monkeypatch.setattr(proof, '_faults', faults)
+
+def faults_found():
+    "What was found out about fused kernels: why they are not used, or an empty string, for each kind of step"
+    return [*proof._faults.values()]
+
+def number_proved():
+    "For how many kinds of steps the compiled form is known to be right"
+    return len(proof._proved)
+
+def let_modes_in(monkeypatch):
+    "Modes around a step hold in trials too, so that emulated kernels are tried"
+    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+
+def set_fused_fault(monkeypatch, why):
+    "All fused kernels are found to have the fault `why`, or none if it is empty"
+    monkeypatch.setattr(plan, 'fused_fault', lambda *_: why)
+
+def watch_trials(monkeypatch):
+    "A list that gets an item for each step that is taken to try one"
+    taken,run = [],proof._Trial.run
+    monkeypatch.setattr(proof._Trial, 'run', lambda *args: taken.append(args) or run(*args))
+    return taken
+
+# --- The step as it runs
+
+def set_compile_after(n, monkeypatch=None):
+    "Lazy steps are compiled after `n` uses"
+    if monkeypatch: monkeypatch.setattr(script, 'compile_after', n)
+    else: script.compile_after = n
+
+def has_compiled(step):
+    "Has TorchScript compiled it, so far?"
+    return isinstance(vars(step).get('compiled'), script.ScriptFunction)
+
+def runs_compiled(opt):
+    "Does the next step of `opt` run compiled, if nothing has changed?"
+    return plan_of(opt).compiled
+
+def run_instead(monkeypatch, step, fn):
+    "`fn` runs where the compiled `step` would"
+    monkeypatch.setitem(vars(step), 'compiled', fn)
+
+def run_uncompiled(monkeypatch, step):
+    "The plain function runs, as where TorchScript cannot compile"
+    run_instead(monkeypatch, step, step.fn)
+
+def forget_compiled():
+    "Steps over batches are compiled anew"
+    script._over.cache_clear()
+
+def without_torchscript(monkeypatch):
+    "TorchScript cannot compile, and nobody was told so far"
+    monkeypatch.setattr(script, 'torchscript_ok', lambda: False)
+    monkeypatch.setattr(script, '_warned', [])
+
+def replace_kernels(monkeypatch, opt, make):
+    "`make(run)` in place of each call over batches that is made of the step of `opt`"
+    over = type(opt.opt_step).over
+    monkeypatch.setattr(type(opt.opt_step), 'over', lambda self, *args: make(over(self, *args)))
+
+def replace_run(monkeypatch, opt, fn):
+    "`fn` in place of what runs the kernels of a bucket"
+    monkeypatch.setattr(type(opt), '_run', lambda *_: fn())
+
+def replace_lookahead(monkeypatch, fn):
+    "`fn` in place of Lookahead's interpolation"
+    monkeypatch.setattr(optimizer, '_look_ahead', lambda *_: fn())
+
+# --- CUDA without a GPU
+
+def as_on_cuda(monkeypatch):
+    """Nothing is cut, no step takes its tensors for a CPU's, betas are rounded
+
+    What is compiled cannot be patched, so the plain functions run"""
+    key,beta = plan.Key,fragments.kernel_beta
+    monkeypatch.setattr(plan, 'Key', lambda **kw: key(**{**kw, 'flat':False, 'small':False}))
+    monkeypatch.setattr(fragments, 'kernel_beta', lambda b,x: beta(b, SimpleNamespace(is_cpu=False, dtype=x.dtype)))
+    for step in vars(steps).values():
+        if isinstance(step, JitStep): monkeypatch.setitem(vars(step), 'compiled', step.fn)
+
+@contextmanager
+def pytorch(
+    gen='new', # By the rules of PyTorch 2.4 to 2.10 ('old') or from 2.11 on ('new')
+    fused=True # Do fused kernels hold?
+):
+    "Steps as they are on CUDA with another PyTorch"
+    with (mock.patch.object(plan, 'fused_fault', lambda *_: '' if fused else 'none'),
+          mock.patch.object(optimizer, 'slow_numbers', gen == 'old')): yield
+
+# --- Conversion
+
+def counterpart(f, jit):
+    "The factory that goes with `f`: ours, or fastai's"
+    return learner._counterpart(f, jit)
+
+def converted(opt, jit):
+    "A live optimizer like `opt`: ours, or fastai's"
+    return learner._converted(opt, jit)

@@ -1,0 +1,124 @@
+"A step that is interrupted, anywhere: its state can be loaded, and training goes on"
+import signal,sys
+from copy import deepcopy
+
+import pytest
+import torch
+
+from tests import engine
+from tests.cases import *
+from tests.support import Interrupt,every,parameters,params_of,trained
+
+EVERY = [pytest.param(1, marks=pytest.mark.slow, id='every line'), pytest.param(13, id='every 13th line')]
+
+def interrupted(opt, n):
+    "Has a step of `opt` been interrupted at the `n`-th line of the engine? One call of the kernels counts as a line"
+    files,left = engine.engine_files(),[n]
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in files: return
+        if event == 'line':
+            left[0] -= 1
+            if left[0] == 0: raise Interrupt
+        return trace
+    old = sys.gettrace()
+    sys.settrace(trace)
+    try: opt.step()
+    except Interrupt: return True
+    finally: sys.settrace(old)
+    return False
+
+@every
+@pytest.mark.parametrize('steps', [0,1])  # Ranger's second is a lookahead
+@pytest.mark.parametrize('apart', EVERY)
+def test_interrupted_anywhere(case, steps, apart):
+    "The state can be loaded, and training goes on, each parameter from where it is"
+    n = 1 - apart + ALL.index(case)%apart  # not at the same lines for all
+    while n := n+apart:
+        opt = trained(case, steps)
+        if not interrupted(opt, n): break
+        names = {*opt.state_names} - {'slow_weights'}
+        assert all(names <= {*st} for st in opt.state.values() if any(k in st for k in opt.state_names)), n
+        fresh = trained(case, 0)
+        fresh.load_state_dict(deepcopy(opt.state_dict()))
+        if hasattr(opt, 'slow_weights') and steps: assert opt.slow_weights is not None
+        for p,q in zip(params_of(opt), params_of(fresh)): q.data.copy_(p.data); q.grad = p.grad.clone()
+        for _ in range(2):
+            for o in (opt,fresh): o.step()
+        for p,q in zip(params_of(opt), params_of(fresh)): assert p.isfinite().all() and torch.equal(p, q), n
+    assert n > 50
+
+@every
+@pytest.mark.parametrize('err', [KeyboardInterrupt,RuntimeError])
+@pytest.mark.parametrize('steps', [0,2])
+def test_interrupted_in_kernels(case, err, steps, monkeypatch):
+    """A Ctrl-C comes through when the kernels are done: this bucket's step counts
+
+    An error of a kernel stops it before it has begun"""
+    opt,ref = trained(case, steps),trained(case, steps)
+    engine.prove(opt)
+    runs = []
+    def stop_in_second(run):
+        def _run(*args):
+            runs.append(args)
+            if len(runs) == 2 and err is RuntimeError: raise err
+            run(*args)
+            if len(runs) == 2: raise err
+        return _run
+    engine.replace_kernels(monkeypatch, opt, stop_in_second)
+    with pytest.raises(err): opt.step()
+    monkeypatch.undo()
+    if err is RuntimeError:  # as if the second group had no gradient
+        p = ref.param_lists[1][0]
+        g,p.grad = p.grad,None
+        ref.step()
+        p.grad = g
+    else: ref.step()
+    if hasattr(ref, 'count'): ref.count -= 1
+    for _ in range(2):
+        for p,q in zip(params_of(opt), params_of(ref)): close(p, q, 0)
+        for o in (opt,ref): o.step()
+
+def test_interrupted_lookahead(monkeypatch):
+    "Counts as taken, as in fastai"
+    opt = JitLookahead(adam_jit(parameters((2,)), 0.1), k=2)
+    opt.step()
+    def stop(): raise KeyboardInterrupt
+    engine.replace_lookahead(monkeypatch, stop)
+    with pytest.raises(KeyboardInterrupt): opt.step()
+    assert opt.count == 2
+
+def test_threads_after_an_interrupt(monkeypatch, two_threads):
+    "Small tensors take one thread, and give back the others whatever happens"
+    opt = EIGHT[2].make(parameters(*[(5,)]*30), True)
+    opt.step()
+    real = torch.set_num_threads
+    def stop(n):
+        real(n)
+        if n == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'set_num_threads', stop)
+    if engine.threads_can_change():
+        with pytest.raises(KeyboardInterrupt): opt.step()
+    assert torch.get_num_threads() == two_threads
+    monkeypatch.undo()
+
+def test_ctrl_c():
+    "A real one, whenever it comes, also where PyTorch itself asks Python for something"
+    armed = []
+    def ring(*_):
+        if armed: armed.clear(); raise KeyboardInterrupt
+    handlers = {signal.SIGINT:ring, signal.SIGALRM:lambda *_: signal.raise_signal(signal.SIGINT)}
+    was = {s:signal.signal(s, f) for s,f in handlers.items()}
+    try:
+        for i in range(40):
+            for case in EIGHT[::3]:
+                opt = trained(case, 0)
+                armed.append(1)
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + i*3e-5)
+                    while armed: opt.step()
+                except KeyboardInterrupt: pass
+                trained(case, 0).load_state_dict(deepcopy(opt.state_dict()))
+                opt.step()
+    finally:
+        for s,f in was.items(): signal.signal(s, f)
+        torch.set_grad_enabled(True)  # which PyTorch leaves off if its `no_grad` is interrupted where it ends

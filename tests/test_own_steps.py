@@ -1,0 +1,253 @@
+"A user's own step is as good as ours: what its signature may be, which names it may use, what it may do"
+import copy,importlib.util,pickle,sys,warnings
+from typing import List,Optional
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor,nn
+
+from fastxtend_jit.script import jit_step
+from tests import engine
+from tests.cases import *
+from tests.support import new_grads,parameters,refused,same,same_grads,slow_but,snapshot
+
+# --- Lion (https://arxiv.org/abs/2302.06675), as a plain function and compiled by PyTorch
+
+def lion_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float, sqr_mom:float,
+              wd:float, do_wd:bool):
+    "A step of Lion"
+    if do_wd: torch._foreach_mul_(params, 1 - lr*wd)
+    update = torch._foreach_add(torch._foreach_mul(grad_avg, mom), grads, alpha=1-mom)
+    torch._foreach_add_(params, torch._foreach_sign(update), alpha=-lr)
+    torch._foreach_mul_(grad_avg, sqr_mom)
+    torch._foreach_add_(grad_avg, grads, alpha=1-sqr_mom)
+
+def lion(params, lr, mom=0.9, sqr_mom=0.99, wd=0.):
+    return JitOptimizer(params, STEP[0], lr=lr, mom=mom, sqr_mom=sqr_mom, wd=wd)
+STEP = [lion_step]
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    OWN = dict(plain=lion_step, decorated=jit_step(lion_step), pieces=jit_step(elementwise=True)(lion_step),
+               scripted=torch.jit.script(lion_step))
+
+@pytest.mark.parametrize('own', OWN)
+def test_own_step(own, monkeypatch):
+    "Against Lion by hand: groups, decay off, a schedule, a parameter that comes late, a checkpoint in between"
+    monkeypatch.setattr(sys.modules[__name__], 'STEP', [OWN[own]])
+    torch.manual_seed(0)
+    ps = [nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((3,4),(5,),(2,2))]
+    ref,avg = [p.detach().clone() for p in ps],[torch.zeros_like(p) for p in ps]
+    opt = lion([ps[:2],ps[2:]], [0.1,0.2], wd=0.1)
+    opt.state[ps[1]]['do_wd'] = False
+    assert opt.state[ps[0]] == {}
+    for i in range(10):
+        lrs,mom = [0.1/(i+1),0.2/(i+1)],0.95-0.01*i
+        opt.set_hyper('lr', lrs); opt.set_hyper('mom', mom)
+        for n,(p,r,m) in enumerate(zip(ps, ref, avg)):
+            if n == 2 and i < 3: continue
+            p.grad = torch.randn_like(p)
+            lr = lrs[n//2]
+            if n != 1: r.mul_(1 - lr*0.1)
+            r.sub_(lr*torch.sign(mom*m + (1-mom)*p.grad))
+            m.mul_(0.99).add_(p.grad, alpha=0.01)
+        opt.step()
+        if i == 5:
+            sd = copy.deepcopy(opt.state_dict())
+            opt = lion([ps[:2],ps[2:]], 0.)
+            opt.load_state_dict(sd)
+    for n,(p,r,m) in enumerate(zip(ps, ref, avg)):
+        close(p, r, 1e-11)
+        close(opt.state[p]['grad_avg'], m, 1e-11)
+        assert opt.state[p].keys() == {'grad_avg', *['do_wd']*(n==1)}
+    if own == 'plain':
+        loaded,ps = pickle.loads(pickle.dumps((opt, ps)))
+        assert loaded.opt_step.fn is lion_step and {*loaded.state} == {*ps}
+    opt = copy.deepcopy(opt)
+    opt.clear_state()
+
+# --- Signatures that do not fit
+
+def no_params(lr:float): pass
+def no_grads(params:List[Tensor], lr:float): pass
+def swapped(grads:List[Tensor], params:List[Tensor], lr:float): pass
+def one_tensor(params:Tensor, grads:Tensor, lr:float): pass
+def no_annotation(params:List[Tensor], grads:List[Tensor], lr): pass
+def tensor_hyper(params:List[Tensor], grads:List[Tensor], lr:Tensor): pass
+def text(params:List[Tensor], grads:List[Tensor], mode:str): pass
+def one_average(params:List[Tensor], grads:List[Tensor], grad_avg:Optional[Tensor], lr:float): pass
+def keyword_only(params:List[Tensor], grads:List[Tensor], *, lr:float): pass
+def varargs(params:List[Tensor], grads:List[Tensor], *lr:float): pass
+def kwargs(params:List[Tensor], grads:List[Tensor], **lr:float): pass
+def float_step(params:List[Tensor], grads:List[Tensor], step:float): pass
+def int_do_wd(params:List[Tensor], grads:List[Tensor], do_wd:int): pass
+def float_fused(params:List[Tensor], grads:List[Tensor], fused:float): pass
+
+FIRST = ['first two arguments', '`params: List[Tensor], grads: List[Tensor]`']
+@pytest.mark.parametrize('f,parts', [
+    (no_params,FIRST), (no_grads,FIRST), (swapped,FIRST), (one_tensor,FIRST),
+    (no_annotation, ['`lr`','not annotated','`float`']), (tensor_hyper, ['`lr`','Tensor','`float`']),
+    (text, ['`mode`','str','`float`']), (one_average, ['`grad_avg`','`Optional[List[Tensor]]`']),
+    (keyword_only,  ['`lr`','positional']), (varargs, ['`lr`','positional']), (kwargs, ['`lr`','positional']),
+    (float_step, ['`step`','`int`','float']), (int_do_wd, ['`do_wd`','`bool`','int']),
+    (float_fused, ['`fused`','`bool`','float']),
+], ids=lambda o: getattr(o, '__name__', ''))
+def test_signature(f, parts):
+    with pytest.raises(TypeError) as e: JitOptimizer([nn.Parameter(torch.ones(2))], f, lr=0.1)
+    for o in (f.__name__,*parts): assert o in str(e.value)
+
+def bare(params:List[Tensor], grads:List[Tensor], mode:str): pass
+def test_signature_of_script_function():
+    "The same for a function that PyTorch has compiled"
+    with pytest.raises(TypeError, match='`mode` has to be annotated'):
+        JitOptimizer([nn.Parameter(torch.ones(2))], torch.jit.script(bare), lr=0.1)
+
+def clipped(params:List[Tensor], grads:List[Tensor], lr:float, clip:bool):
+    torch._foreach_add_(params, grads, alpha=-lr)
+def test_constant_is_needed():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match='`clipped` needs `clip`: pass it to the optimizer, as `clip=…`'):
+        JitOptimizer([p], clipped, lr=0.1)
+    assert JitOptimizer([p], clipped, lr=0.1, clip=False).clip is False
+
+def mistaken(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_ad_(params, grads, alpha=-lr)
+def test_mistake_in_the_body():
+    "It shows where the optimizer is made"
+    with pytest.raises(RuntimeError, match='_foreach_ad_'):
+        JitOptimizer([nn.Parameter(torch.ones(2))], mistaken, lr=0.1)
+
+# --- Names of arguments
+
+NAMES = ('frozen_idx count _i i a0 k range len _step over fn hypers state cbs state_names param_lists set_hyper _plan '
+         'zero_grad clear_state state_dict all_params explain step_fn train_bn opt_step self alpha slow_weights '
+         'decouple lr_ defaults freeze closure bucket names args do_wd force_train p group print float torch_').split()
+
+HEADS = dict(const='{n}:int', hyper='{n}:float', state='{n}:List[Tensor]', option='{n}:Optional[List[Tensor]]',
+             number='{n}:Tensor')
+_moves  = 'torch._foreach_add_({n}, 3.); torch._foreach_addcmul_(params, grads, {n}, -lr)'
+_scales = 'torch._foreach_add_(params, grads, alpha=-lr*{n})'
+BODIES = dict(const=_scales, hyper=_scales, state=_moves, option=f'if {{n}} is not None: {_moves}',
+              number='{n}.add_(3.); torch._foreach_add_(params, torch._foreach_mul(grads, {n}.unbind()), alpha=-lr)')
+AHEAD_TOO = ', slow_weights:List[Tensor], alpha:float, lookahead:bool'
+
+def source(kind, n, ahead):
+    "A step with one argument of this name and kind"
+    args = f"params:List[Tensor], grads:List[Tensor], {HEADS[kind].format(n=n)}{AHEAD_TOO*ahead}, lr:float"
+    return f"\ndef {kind}_{n}{'_ahead'*ahead}({args}):\n    {BODIES[kind].format(n=n)}\n"
+
+@pytest.fixture(scope='module')
+def named(tmp_path_factory):
+    "Steps with one argument of each name and kind: TorchScript wants their source in a file"
+    path = tmp_path_factory.mktemp('named')/'named_steps.py'
+    src = ['from typing import List,Optional\nimport torch\nfrom torch import Tensor\n']
+    src += [source(kind, n, ahead) for kind in HEADS for n in NAMES for ahead in (False,True)
+            if not (ahead and n in ('alpha','slow_weights'))]
+    path.write_text(''.join(src))
+    spec = importlib.util.spec_from_file_location('named_steps', path)
+    mod = importlib.util.module_from_spec(spec)
+    sys.modules['named_steps'] = mod
+    spec.loader.exec_module(mod)
+    return mod
+
+@pytest.mark.parametrize('ahead', slow_but([False], [False,True]))
+@pytest.mark.parametrize('kind', HEADS)
+@pytest.mark.parametrize('name', NAMES)
+def test_names(named, name, kind, ahead):
+    "A name works, or it is refused when the optimizer is made"
+    f = getattr(named, f"{kind}_{name}{'_ahead'*ahead}", None)
+    if f is None: return
+    p = nn.Parameter(torch.ones(2))
+    make = JitLookahead if ahead else JitOptimizer
+    given = {name:3} if kind in ('const','hyper') else {}
+    try: opt = make([p], jit_step(f), **given, lr=0.1)
+    except TypeError as e: assert f'`{name}`' in str(e) or f"argument '{name}'" in str(e); return
+    for i in range(2):
+        p.grad = torch.ones(2)
+        opt.step()
+        assert p.tolist() == pytest.approx([1 - 0.3*(i+1)]*2 if given else [1 - 0.3*(1,3)[i]]*2), (i,p)
+        opt.zero_grad()
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.freeze_to(0)
+    p.grad = torch.ones(2)
+    opt.step()
+    opt.explain()
+    opt.clear_state()
+    assert copy.deepcopy(opt).hypers[0]['lr'] == 0.1
+    assert name not in given or kind == 'const' and getattr(opt, name) == 3 or opt.hypers[0].get(name) == 3
+
+def whole_lr(params:List[Tensor], grads:List[Tensor], lr:int): torch._foreach_add_(params, grads, alpha=-lr)
+def greek(params:List[Tensor], grads:List[Tensor], lr:float, β:float):
+    torch._foreach_add_(params, grads, alpha=-lr*β)
+def test_names_of_the_wrong_kind():
+    with pytest.raises(TypeError, match='`lr` is annotated.*annotate it `float`'):
+        JitOptimizer(parameters((2,)), whole_lr, lr=1)
+    with pytest.raises(TypeError, match='`β`.*ASCII'): JitOptimizer(parameters((2,)), greek, lr=1., β=1.)
+
+# --- What a step may do
+
+def capped(params:List[Tensor], grads:List[Tensor], lr:float):
+    "Waits for what it writes"
+    torch._foreach_add_(params, grads, alpha=-lr)
+    for p in params:
+        while bool(p.norm() > 1.): p.mul_(0.5)
+
+def test_step_that_waits_for_its_own_write():
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    JitOptimizer([p], jit_step(capped, elementwise=True), lr=0.1).step()
+    assert p.tolist() == pytest.approx([0.45]*4)
+
+def divided(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-1/lr)
+def test_check_raises(monkeypatch):
+    "A step's own check sees the numbers of all groups before the first is written to"
+    engine.use_batches_of(monkeypatch, 100)
+    ps = [[nn.Parameter(torch.ones(10)) for _ in range(30)] for _ in range(2)]
+    opt = JitOptimizer(ps, jit_step(divided, elementwise=True, check=lambda lr: 1/lr), lr=[0.1,0.])
+    same_grads([opt], 0)
+    before,threads = snapshot(opt),torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError): opt.step()
+    assert same(snapshot(opt), before)
+    assert torch.get_num_threads() == threads
+
+# --- One number for each parameter
+
+def counting(params:List[Tensor], grads:List[Tensor], moved:Tensor, lr:float):
+    "Keeps how far each parameter has gone"
+    torch._foreach_add_(params, grads, alpha=-lr)
+    moved.add_(lr*torch.stack(torch._foreach_norm(grads)))
+
+def test_numbers(monkeypatch):
+    "In batches, for parameters that come late, with a state that was loaded, and as numbers"
+    engine.use_batches_of(monkeypatch, 100)
+    ps = parameters(*[(7,)]*9, dtype=torch.float64)
+    opt,gone = JitOptimizer([ps[:5],ps[5:]], counting, lr=[0.1,0.2]),[0.]*9
+    for i in range(6):
+        new_grads(ps, i)
+        if i < 3: ps[4].grad = None
+        for j,p in enumerate(ps): gone[j] += 0. if p.grad is None else [0.1,0.2][j>4]*p.grad.norm().item()
+        opt.step()
+        if i == 3:
+            sd = copy.deepcopy(opt.state_dict())
+            sd['state'][0]['moved'] = float(sd['state'][0]['moved'])
+            opt = JitOptimizer([ps[:5],ps[5:]], counting, lr=0.)
+            opt.load_state_dict(sd)
+        if i == 4: opt,ps = copy.deepcopy((opt,ps))
+    for p,n in zip(ps, gone):
+        v = opt.state[p]['moved']
+        assert v.dim() == 0 and v.dtype == p.dtype and v.item() == pytest.approx(n)
+    opt.state[ps[0]]['moved'] = torch.ones(3)
+    refused(opt, TypeError, 'State `moved` of parameter 0 of group 0', 'one number')
+
+def test_numbers_of_any_shape():
+    "One element, in whatever form: a state that was edited or loaded"
+    ps = parameters((3,), (4,))
+    opt = larc_jit(ps, 0.1)
+    opt.step()
+    for v in (torch.ones(1),torch.ones(1,1).double(),np.float32(0.1),1,True):
+        opt.state[ps[1]]['local_lr'] = v
+        opt.step()
+        assert opt.state[ps[1]]['local_lr'].shape == ()
+
+def test_numbers_need_whole_tensors():
+    with pytest.raises(TypeError, match='counting.*elementwise.*moved'): jit_step(counting, elementwise=True)
