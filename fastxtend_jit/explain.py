@@ -62,5 +62,4 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
     if after.calls:
         why = 'a lookahead, after the step'
         rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})
-    title = f"{self.opt_step.__name__}, next step{'' if plan.compiled else ', not compiled yet'}"
-    return WholeTable(pd.DataFrame(rows).rename_axis(title, axis=1))
+    return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))

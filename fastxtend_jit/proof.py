@@ -17,9 +17,8 @@ from threading import RLock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes,_get_current_dispatch_mode
 
-from .script import JitStep,given
+from .script import JitStep,given,no_modes
 
 # %% ../nbs/02_proof.ipynb #cbb9ee2d
 # Batches of a trial, of several tensors and of one, with a kernel's whole vectors in them. Is the first parameter zero?
@@ -75,15 +74,11 @@ def same_random(
     if device.type in ('cpu','meta'): return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
-def _no_modes():
-    "A context without modes of dispatch; PyTorch's own imports something, and so is left out where there are none"
-    return nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
-
 @contextmanager
 def _apart(device):
     "Nothing that goes on around it sees or changes what is done in here"
     threads = torch.get_num_threads()
-    with _no_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
+    with no_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
         # a default device is a mode that slows down every call
         with nullcontext() if torch.empty(0).is_cpu else torch.device('cpu'):
             try:
@@ -186,7 +181,7 @@ def _find_fault(step, names, device, dtype, scalars, vary, compiled):
     missing = f'no fused kernel for {str(dtype)[6:]} on {device.type}'
     try:
         if device.type == 'meta': return missing,False,True
-        with _no_modes(): torch.empty(0, device=device)
+        with no_modes(): torch.empty(0, device=device)
     except (RuntimeError,AssertionError): return missing,False,False  # fake tensors, on a device that is not there
     info = torch.finfo(dtype)
     # as is promised for 25 steps, in which a β of 0.999 is rounded to float32; in 16 bits a few roundings, and a few

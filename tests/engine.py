@@ -80,7 +80,7 @@ def number_proved():
 
 def let_modes_in(monkeypatch):
     "Modes around a step hold in trials too, so that emulated kernels are tried"
-    monkeypatch.setattr(proof, '_disable_current_modes', nullcontext)
+    monkeypatch.setattr(proof, 'no_modes', nullcontext)
 
 def set_fused_fault(monkeypatch, why):
     "All fused kernels are found to have the fault `why`, or none if it is empty"
