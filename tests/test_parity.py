@@ -73,7 +73,7 @@ def test_bfloat16_tells(case, dev):
     assert ours.norm() > DRIFT[2**-4]*theirs.norm()
 
 @cases
-@pytest.mark.parametrize('path', slow_but(['foreach','small batches'], PATHS))
+@pytest.mark.parametrize('path', slow_but(['foreach'], PATHS))
 def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on Apple's mps; without TorchScript, as on Python 3.14; and cut into many small batches"
     if 'foreach' in path: engine.set_fused_fault(monkeypatch, 'none')
