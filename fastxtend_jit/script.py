@@ -27,7 +27,7 @@ def _script(obj):
         return torch.jit.script(obj)
 
 def no_modes():
-    "A context without modes of dispatch, as `FakeTensorMode`. Without any there is none: PyTorch's own imports something"
+    "A context without modes of dispatch, such as `FakeTensorMode`"  # PyTorch's imports something, also without any
     return nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
 
 def _probe(ts:List[List[Tensor]], by:Optional[float]):

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests import engine
 from tests.cases import *
-from tests.support import cases,every,new_grads,parameters,params_of
+from tests.support import cases,every,new_grads,parameters,params_of,slow_but
 
 def write(*vs):
     "A function that writes `vs` over the first elements of a tensor"
@@ -84,7 +84,7 @@ def test_poison(case):
              if (m := mismatch(case, torch.float32, **{where:f}))}
     assert found.items() <= known(case).items()
 
-@cases
+@pytest.mark.parametrize('case', slow_but(FIRST, CASES), ids=str)
 def test_hypers_at_their_edges(case):
     has = case.make([nn.Parameter(torch.ones(1))], False).hypers[0]
     found = {(str(h),zero):m for h in HYPERS if {*h} <= {*has} for zero in (False,True)

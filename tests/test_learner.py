@@ -113,7 +113,9 @@ def walk(case, switches, shapes=[(3,),(7,5),(),(4,2,3,3)], steps=24):
     opt.ps = ps
     return opt
 
-@pytest.mark.parametrize('switches', [(0,),(1,),(7,),(7,13),(6,12,18)], ids=str)
+SWITCHES = [(0,),(7,13)] + [pytest.param(s, marks=pytest.mark.slow) for s in ((1,),(7,),(6,12,18))]
+
+@pytest.mark.parametrize('switches', SWITCHES, ids=str)
 @pytest.mark.parametrize('case', NATIVE+AHEAD[:7], ids=str)
 def test_converts_in_the_middle(case, switches):
     never,now = walk(case, ()),walk(case, switches)

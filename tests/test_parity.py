@@ -1,5 +1,7 @@
 "Ours against fastai's: 25 steps, fresh gradients at each, every element compared"
 import inspect
+from dataclasses import dataclass
+from typing import Callable
 
 import pytest
 import torch
@@ -30,20 +32,48 @@ def test_parity(case, scenario, dtype, dev): check(case, TOL[dtype], dtype=dtype
 @pytest.mark.slow
 def test_200_steps(case, dev): check(case, 1e-9, dtype=torch.float64, steps=200, dev=dev, n_groups=2, late={3:50})
 
-@cases
-@pytest.mark.parametrize('scenario', ['groups','layouts'])
-def test_bfloat16(case, scenario, dev):
-    "bfloat16 has 8 bits: both drift from the float64 truth, ours no further than fastai's"
-    native,jit = run(case, dtype=torch.bfloat16, dev=dev, **SCENARIOS[scenario])
-    flat = lambda opt: torch.cat([p.detach().flatten().double() for p in opt.ps])
-    torch.manual_seed(0)
-    truth = flat(truth_of(case, dev, torch.bfloat16, **SCENARIOS[scenario]))
-    ours,theirs = (flat(jit)-truth).square().mean().sqrt(),(flat(native)-truth).square().mean().sqrt()
-    assert ours <= 1.05*theirs
-    for p,q in zip(native.ps, jit.ps): close(q, p, 2**-5)
+def drifts(case, scenario, dev, scale):
+    "How far ours and fastai's come from fastai's result in float64, tensor by tensor"
+    kw = dict(dev=dev, scale=scale, shapes=SHAPES[:-1], **SCENARIOS[scenario])
+    native,jit = run(case, dtype=torch.bfloat16, **kw)
+    truth = truth_of(case, given=torch.bfloat16, **kw)
+    # chance decides where there are few elements, or one gradient for all, as for the last of the layouts
+    told = [i for i,p in enumerate(truth.ps) if p.numel() >= 100][:-1 if scenario == 'layouts' else None]
+    def apart(opt): return torch.stack([(opt.ps[i].detach().double()-truth.ps[i].detach()).norm() for i in told])
+    return apart(jit),apart(native)
+
+# How often fastai's drift ours may have. Parameters of about 1 lose a step in rounding, small ones show it.
+# With 50 seeds, no form with small ones came to more than 1.04 times, and no tensor by itself to more than 1.4
+DRIFT = {1.:1.05, 2**-4:1.1}
 
 @cases
-@pytest.mark.parametrize('path', slow_but(['foreach','small batches','compiled late'], PATHS))
+@pytest.mark.parametrize('scenario', ['groups','layouts'])
+@pytest.mark.parametrize('scale', slow_but([2**-4], DRIFT))
+def test_bfloat16(case, scenario, dev, scale):
+    "bfloat16 has 8 bits: both drift from the float64 truth, ours no further than fastai's"
+    ours,theirs = drifts(case, scenario, dev, scale)
+    assert ours.norm() <= DRIFT[scale]*theirs.norm()
+    assert (ours <= 2*theirs).all()  # no tensor is wrong by itself
+
+@dataclass(frozen=True)
+class TooFar:
+    "A factory whose steps are 10 % too large"
+    factory:Callable
+    @property
+    def __name__(self): return f'{self.factory.__name__}, too far'
+    def __call__(self, ps, lr, **kw):
+        if 'trust_coeff' in kw: kw['trust_coeff'] *= 1.1
+        return self.factory(ps, lr=1.1*lr, **kw)
+
+@cases
+def test_bfloat16_tells(case, dev):
+    "The bound is one that a step breaks which is 10 % too large; LARC's have to be larger for that than by default"
+    kw = {**case.kw, 'trust_coeff':1.} if case.jit is larc_jit else case.kw
+    ours,theirs = drifts(Case(case.native, TooFar(case.jit), kw), 'layouts', dev, 2**-4)
+    assert ours.norm() > DRIFT[2**-4]*theirs.norm()
+
+@cases
+@pytest.mark.parametrize('path', slow_but(['foreach','compiled late'], PATHS))
 def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on mps; without TorchScript, or with it from the 10th step on; and in many small batches"
     if 'foreach' in path: engine.set_fused_fault(monkeypatch, 'none')

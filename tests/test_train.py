@@ -19,7 +19,7 @@ def blobs(seed=0):
     y = torch.arange(120) % 3
     x = torch.randn(120, 6, generator=g, dtype=torch.float64) + torch.eye(3,6)[y]*2
     data = list(zip(x, y))
-    return DataLoaders.from_dsets(data[:96], data[96:], bs=16, device='cpu')
+    return DataLoaders.from_dsets(data[:96], data[96:], bs=16, device='cpu', num_workers=0)
 
 class Net(nn.Module):
     """Body and head, with batchnorms, and a layer that never has a gradient
