@@ -9,6 +9,7 @@ __all__ = ['digits', 'resident_mb', 'cold_fit', 'in_new_process', 'time_cold']
 
 # %% ../nbs/30_cold.ipynb #25d06215
 import json,math,os,random,subprocess,sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import process_time
 from typing import Callable
@@ -18,7 +19,8 @@ from fastai.callback.core import Callback,CancelFitException,CancelValidExceptio
 
 # %% ../nbs/30_cold.ipynb #34837c80
 def digits(
-    opt_func:Callable # Makes the optimizer
+    opt_func:Callable, # Makes the optimizer
+    bs:int=64 # Batch size
 ):
     "A Learner for handwritten digits as a table: 64 categorical variables, 72 tensors, 22 batches an epoch"
     from fastai.tabular.all import Categorify,CategoryBlock,TabularDataLoaders,set_seed,tabular_learner
@@ -26,7 +28,7 @@ def digits(
     set_seed(42)
     df = load_digits(as_frame=True).frame.astype(int)
     pixels = [c for c in df.columns if c != 'target']
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=pixels, y_names='target', bs=64, device='cpu',
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=pixels, y_names='target', bs=bs, device='cpu',
                                      y_block=CategoryBlock(), valid_idx=list(range(0, len(df), 5)))
     return tabular_learner(dls, layers=[200,100], opt_func=opt_func)
 
@@ -105,7 +107,9 @@ def time_cold(
     for i in range(1, rounds+1):
         for o in rng.sample([*optimizers], len(optimizers)):
             cs = rng.sample([*optimizers[o]], len(optimizers[o]))
-            for c in cs: found[o,c,i] = in_new_process(optimizers[o][c], batches)
+            with ThreadPoolExecutor(len(cs)) as pool:  # all at once: what disturbs one disturbs the others
+                res = pool.map(lambda c: in_new_process(optimizers[o][c], batches), cs)
+            found |= {(o,c,i): r for c,r in zip(cs, res)}
             first = ', '.join(f"{c} {found[o,c,i]['first_s']:.2f} s" for c in optimizers[o])
             progress(f"cold, round {i} of {rounds}, {o}: first step {first}")
     return pd.DataFrame([dict(zip(('optimizer','contestant','round'), k), **d) for k,d in found.items()])

@@ -100,7 +100,7 @@ class _Trial:
         self.first = start.clone()  # before the first step there are no averages
         self.first[2:] = 0.
         self.results = [lists(torch.empty_like(start)) for _ in range(2)]
-        self.apart,self.right = [lists(torch.empty(start.shape, dtype=torch.float64, device='cpu')) for _ in range(2)]
+        self.exact = [lists(torch.empty(start.shape, dtype=torch.float64, device='cpu')) for _ in range(2)]
         self.seed = torch.default_generator.manual_seed if device.type == 'cpu' else torch.manual_seed
         self.moved = False
 
@@ -113,15 +113,15 @@ class _Trial:
     def differs(self, tol, tiny=0., grads=True):
         "Name of the first list in which an element is not right, relative to the largest of its tensor"
         self.moved = self.moved or self._has_moved()
-        self.right.memory.copy_(self.results[1].memory)
-        self.apart.memory.copy_(self.results[0].memory).sub_(self.right.memory)
-        off,size = (torch.stack(torch._foreach_norm(o.all, math.inf)) for o in (self.apart,self.right))
+        for exact,result in zip(self.exact, self.results): exact.memory.copy_(result.memory)
+        a,b = (exact.all for exact in self.exact)
+        off,size = (torch.stack(torch._foreach_norm(ts, math.inf)) for ts in (torch._foreach_sub(a, b), b))
         if (off <= tol*size + tiny).all() and size.isfinite().all(): return
-        for n,d,y in zip(self.right.names, self.apart.all, self.right.all):
+        for n,x,y in zip(self.exact[0].names, a, b):
             if n == 'grads' and not grads: continue
             fin = y.isfinite()
-            if not torch.equal(d.isfinite(), fin): return n
-            if fin.any() and not d[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
+            if not torch.equal(x.isfinite(), fin): return n
+            if fin.any() and not (x-y)[fin].abs().max() <= tol*y[fin].abs().max() + tiny: return n
 
     def _has_moved(self):
         moved = lambda x,y: x.isfinite().all() and not torch.equal(x, y)

@@ -195,7 +195,8 @@ def summary(self:Report) -> str:
 def __repr__(self:Report): return f'<Report: {self.where()}>'
 
 @patch
-def _repr_markdown_(self:Report): return f'{self.summary()}\n\n{markdown(self.speeds())}'  # how a notebook shows it
+def _repr_markdown_(self:Report):  # how a notebook shows it
+    return f'{self.summary()}\n\n{markdown(self.speeds())}' if len(self.cells) else f'```\n{self}\n```'
 
 # %% ../nbs/30_report.ipynb #e6484706
 _blue  = '#1f6fb4'

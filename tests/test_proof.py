@@ -261,3 +261,13 @@ def test_tried_once(case, monkeypatch):
     engine.forget_trials(monkeypatch)  # what `case.step` has tried
     trials = lambda: python_calls(lambda: stepped(lambda ps: case.make(ps, True)), of=plain)
     assert trials() > 0 and trials() == 0
+
+def finite(params:List[Tensor], grads:List[Tensor], lr:float, fused:bool):
+    "Whose fused form is finite where the plain one is not"
+    torch._foreach_add_(params, grads, alpha=-lr)
+    if not fused: torch._foreach_div_(params, torch._foreach_sub(params, params))
+
+def test_infinities_are_compared():
+    "A form that stays finite where the other does not is another one"
+    _,told = stepped(lambda ps: JitOptimizer(ps, finite, lr=0.1))
+    assert len(told) == 1 and 'other numbers for `params`' in told[0]

@@ -12,15 +12,13 @@ from fastcore.script import call_parse
 from sklearn.datasets import load_digits
 
 from fastxtend_jit.all import *
+from fastxtend_jit.cold import digits
 from fastxtend_jit.trace import clock
 
 def table(bs):
     "1797 rows of 64 pixels, each a category from 0 to 16; every fifth for validation. An embedding for each pixel"
-    df = load_digits(as_frame=True).frame.astype(int)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=[c for c in df.columns if c != 'target'],
-                                     y_names='target', y_block=CategoryBlock(),
-                                     valid_idx=list(range(0, len(df), 5)), bs=bs, device='cpu')
-    return dls,tabular_learner(dls, layers=[200,100]).model
+    learn = digits(Adam, bs)
+    return learn.dls,learn.model
 
 def images(bs, width=32, depth=4):
     "The same as images of 8x8 pixels, for a small ResNet"
