@@ -6,8 +6,8 @@ Docs: https://fastxtend.github.io/fastxtend_jit/fragments.html.md"""
 
 # %% auto #0
 __all__ = ['scale_', 'weight_decay', 'average_grad', 'average_sqr_grad', 'debias', 'can_debias', 'fused_sgd', 'kernel_beta',
-           'can_fuse', 'fused_adam', 'adam_update', 'rectify', 'radam', 'sum_of_squares', 'norms', 'spread',
-           'sub_scaled_', 'descend', 'adam_direction', 'lookahead']
+           'can_fuse', 'fused_adam', 'adam_update', 'rectify', 'can_rectify', 'radam', 'sum_of_squares', 'norms',
+           'spread', 'sub_scaled_', 'descend', 'adam_direction', 'lookahead']
 
 # %% ../nbs/01_fragments.ipynb #a562d3d9
 import math
@@ -182,7 +182,19 @@ def rectify(
     r_inf = 2/(1-sqr_mom) - 1
     r = r_inf - 2*step*sqr_mom**step/debias(sqr_mom, step)
     if r <= 5: return 0.
-    return math.sqrt(((r-4) * (r-2) * r_inf)/((r_inf-4)*(r_inf-2)*r))
+    square = ((r-4) * (r-2) * r_inf)/((r_inf-4)*(r_inf-2)*r)
+    if square < 0.: raise ValueError("`sqr_mom` has to be less than 1: there is no rectification for a larger one.")
+    return math.sqrt(square)
+
+def can_rectify(
+    mom:float, # β₁
+    sqr_mom:float, # β₂
+    step:int, # Number of the step, from 1
+    **_ # Other scalars of the step
+):
+    "Raise if a step of RAdam could not be taken: a `check` for `jit_step`"
+    can_debias(mom, sqr_mom, step)
+    rectify(sqr_mom, step)
 
 # %% ../nbs/01_fragments.ipynb #d5dba334
 def radam(

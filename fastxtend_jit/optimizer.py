@@ -10,6 +10,7 @@ __all__ = ['slow_numbers', 'JitOptimizer', 'JitLookahead']
 # %% ../nbs/03_optimizer.ipynb #eb792d6a
 import warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
 from typing import Callable
@@ -131,6 +132,11 @@ class _Scalars(_Configured):
     def _scalars_of(self, plan): return [self._scalars(b.key, b.taken, not b.fault) for b in plan.buckets]
 
 # %% ../nbs/03_optimizer.ipynb #b620c116
+@contextmanager
+def _lasting():
+    "Tensors that are made in here can be written to anywhere; those of inference mode only there"
+    with torch.inference_mode(False), torch.no_grad(): yield
+
 class _Stepping(_Scalars):
     "Takes steps by a plan"
     _plan = _snapshot = None
@@ -157,14 +163,17 @@ class _Stepping(_Scalars):
                              "make a new optimizer to add a group.")
         params = [*chain.from_iterable(self.param_lists)]
         grads,plan = [p.grad for p in params],self._plan
-        if plan is None or not self._snapshot.matches(self, params, grads): plan = Plan(self, params, grads)
+        if plan is None or not self._snapshot.matches(self, params, grads): plan = self._new_plan(params, grads)
         scalars = self._scalars_of(plan)
         if not plan.fits(scalars):
-            plan = Plan(self, params, grads)
+            plan = self._new_plan(params, grads)
             scalars = self._scalars_of(plan)
         if check := self.opt_step.check:
             for args in scalars: check(**args)
         return plan,grads,scalars
+
+    def _new_plan(self, params, grads):
+        with _lasting(): return Plan(self, params, grads)
 
     def _commit(self, plan, grads):
         "Make state of a new plan the optimizer's"
@@ -282,7 +291,8 @@ class _SlowWeights(JitOptimizer):
         return _in_groups(slow, self.param_lists)
 
     def _prepare(self):
-        if self.slow_weights is None: slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
+        if self.slow_weights is None:
+            with _lasting(): slow = L(L(p.clone().detach() for p in pg) for pg in self.param_lists)
         else: slow = self._dealt()
         sizes,has = _sizes(self.param_lists),_sizes(slow)
         if sizes != has:
@@ -296,7 +306,7 @@ class _SlowWeights(JitOptimizer):
             self.slow_weights = _in_groups(self._slow, self.param_lists)
         for i,(p,s) in enumerate(zip(map(local, plan.params), map(local, self._slow))):
             if is_dense(p) and memory_order(s) != memory_order(p):  # loaded from a model in another memory format
-                self._put_slow(i, torch.empty_like(plan.params[i]).copy_(self._slow[i]))
+                with _lasting(): self._put_slow(i, torch.empty_like(plan.params[i]).copy_(self._slow[i]))
         self._slow_of = plan.params
         super()._commit(plan, grads)
 

@@ -62,7 +62,7 @@ def _trials(scalars):
     lr = scalars.get('lr', 0.)
     if not 1e-8 < abs(lr) < 10: lr = 0.01  # with 0 nothing is tried
     if 'lr' in scalars: scalars = {**scalars, 'lr':lr}
-    scheduled = dict(lr=lr/1e5, mom=0.95),dict(lr=lr/25, mom=0.95),dict(lr=lr, mom=0.85)
+    scheduled = dict(lr=lr/1e5),dict(lr=lr/25, mom=0.95),dict(lr=lr, mom=0.85)
     early = [dict(step=n) for n in ((1,5,6) if 'step' in scalars else (1,8))]
     for hypers in early + [dict(step=n, **o) for n,o in zip((7,1000,2**25), scheduled)]:
         yield {n: hypers.get(n, v) for n,v in scalars.items()},hypers['step'] == 1
@@ -113,7 +113,7 @@ class _Trial:
     def differs(self, tol, tiny=0., grads=True):
         "Name of the first list in which an element is not right, relative to the largest of its tensor"
         self.moved = self.moved or self._has_moved()
-        for exact,result in zip(self.exact, self.results): exact.memory.copy_(result.memory)
+        for exact,result in zip(self.exact, self.results): exact.memory.copy_(result.memory.cpu())
         a,b = (exact.all for exact in self.exact)
         off,size = (torch.stack(torch._foreach_norm(ts, math.inf)) for ts in (torch._foreach_sub(a, b), b))
         if (off <= tol*size + tiny).all() and size.isfinite().all(): return

@@ -12,12 +12,12 @@ from typing import List
 
 from torch import Tensor
 
-from .fragments import can_debias,radam
+from .fragments import can_rectify,radam
 from .optimizer import JitOptimizer
 from .script import jit_step
 
 # %% ../nbs/13_radam.ipynb #47a80a83
-@jit_step(elementwise=True, check=can_debias, lazy=True)
+@jit_step(elementwise=True, check=can_rectify, lazy=True)
 def radam_jit_step(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients

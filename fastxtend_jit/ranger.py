@@ -12,12 +12,12 @@ from typing import List
 
 from torch import Tensor
 
-from .fragments import can_debias,lookahead as _lookahead,radam
+from .fragments import can_rectify,lookahead as _lookahead,radam
 from .optimizer import JitLookahead
 from .script import jit_step
 
 # %% ../nbs/17_ranger.ipynb #9516dc53
-@jit_step(elementwise=True, check=can_debias, lazy=True)
+@jit_step(elementwise=True, check=can_rectify, lazy=True)
 def ranger_jit_step(
     params:List[Tensor], # Parameters: the fast weights, updated in place
     grads:List[Tensor], # Gradients

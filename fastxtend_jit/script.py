@@ -128,7 +128,8 @@ def _over_plain(fn, lists, absent, scalars):
     "`fn`, a Python function, over batches"
     def over(*args):
         given = dict(zip(scalars, args[len(lists):]), **dict.fromkeys(absent))
-        for batch in zip(*args[:len(lists)]): fn(**dict(zip(lists, batch)), **given)
+        with torch._C.DisableTorchFunctionSubclass():  # TorchScript asks no subclass of a tensor what to do either
+            for batch in zip(*args[:len(lists)]): fn(**dict(zip(lists, batch)), **given)
     return over
 
 @cache
@@ -182,7 +183,7 @@ class _Compiled(_Arguments):
         if isinstance(self.fn, ScriptFunction): return self.fn
         try: return _compile(self.fn)
         except Exception as e:
-            if not self.lazy: raise
+            if not self.lazy or isinstance(e, (MemoryError,RecursionError)): raise
             self.stay_plain(e)
             return self.fn
 

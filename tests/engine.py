@@ -99,6 +99,14 @@ def set_compile_after(n, monkeypatch=None):
     if monkeypatch: monkeypatch.setattr(script, 'compile_after', n)
     else: script.compile_after = n
 
+def refuse_to_compile(monkeypatch, step):
+    "TorchScript refuses the function of `step`"
+    compiles = script._script
+    def refuse(obj):
+        if obj is step.fn: raise RuntimeError('not this one')
+        return compiles(obj)
+    monkeypatch.setattr(script, '_script', refuse)
+
 def has_compiled(step):
     "Has TorchScript compiled it, so far?"
     return isinstance(vars(step).get('compiled'), script.ScriptFunction)

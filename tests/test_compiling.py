@@ -8,9 +8,11 @@ import torch
 from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastxtend_jit import selfcheck
 from fastxtend_jit.script import JitStep,torchscript_ok
 from tests.cases import *
-from tests.engine import forget_trials,has_compiled,plan_of,runs_compiled,set_compile_after,watch_trials
+from tests.engine import (forget_trials,has_compiled,plan_of,refuse_to_compile,runs_compiled,set_compile_after,
+                          watch_trials)
 
 every = pytest.mark.parametrize('case', ALL, ids=str)
 
@@ -83,6 +85,62 @@ def test_compiled_in_the_middle_of_anything(mode, monkeypatch):
         warnings.simplefilter('error', UserWarning)
         opt = in_anything(mode)
     assert runs_compiled(opt) and has_compiled(opt.opt_step) and torchscript_ok()
+
+class Picky(Tensor):
+    "A subclass that wants no kernels for lists"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, '__name__', '').startswith(('_foreach','_fused')): raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+@every
+def test_subclass_takes_the_same_steps(case, monkeypatch):
+    "Neither compiled code nor plain Python asks a subclass of a tensor what to do"
+    set_compile_after(3, monkeypatch)
+    monkeypatch.setattr(case.step, 'uses', 0)
+    ps = [nn.Parameter(torch.ones(6)) for _ in range(2)]
+    ps[1] = nn.Parameter(ps[1].detach().as_subclass(Picky))
+    opts = [case.make([p], True) for p in ps]
+    for i in range(7):
+        for opt,p in zip(opts, ps):
+            p.grad = torch.full((6,), 0.1*i + 0.1)
+            opt.step()
+        assert torch.equal(ps[0], ps[1].as_subclass(Tensor)), i
+
+@every
+def test_state_of_inference_mode(case, monkeypatch):
+    "State that is made or laid out anew in inference mode can be written to outside of it"
+    set_compile_after(3, monkeypatch)
+    monkeypatch.setattr(case.step, 'uses', 0)
+    p = nn.Parameter(torch.ones(6))
+    opt = case.make([p], True)
+    for i in range(6):
+        p.grad = torch.ones(6)
+        with torch.inference_mode(i in (0,3)): opt.step()
+    assert p.isfinite().all() and not p.eq(1.).any()
+
+@pytest.mark.parametrize('jit', [radam_jit,ranger_jit], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('after', [0,200])
+def test_no_rectification(jit, after, monkeypatch):
+    "As plain Python and compiled, an error that says what to do, before anything has changed"
+    set_compile_after(after, monkeypatch)
+    p = nn.Parameter(torch.ones(2))
+    opt = jit([p], 0.1, sqr_mom=2.)
+    with pytest.raises(ValueError, match='`sqr_mom` has to be less than 1'):
+        for _ in range(9):
+            before = p.tolist()
+            p.grad = torch.ones(2)
+            opt.step()
+    assert p.tolist() == before
+
+def test_check_sees_what_cannot_be_compiled(monkeypatch):
+    "A step that TorchScript refuses trains rightly as plain Python, and is reported all the same"
+    step = JitStep(sgd_jit_step.fn, elementwise=True, lazy=True)
+    refuse_to_compile(monkeypatch, step)
+    def make(ps, lr, mom=0.9, wd=0.): return JitOptimizer(ps, step, True, grad_avg=True, lr=lr, mom=mom, wd=wd)
+    monkeypatch.setattr(selfcheck, 'forms', lambda: [(SGD,make,dict(mom=0.9))])
+    res = selfcheck.selfcheck(dtypes=(torch.float32,), progress=lambda line: None)
+    assert not res.ok.any() and 'TorchScript cannot compile here' in res.why[0] and step.uses == 0
 
 def test_ours_are_lazy():
     for case in ALL: assert case.step.lazy, case
