@@ -54,6 +54,7 @@ def test_measuring_hides_nothing():
     "The module that runs in the process imports nothing that a user's imports have not"
     assert new_modules('import fastxtend_jit.cold') == ['fastxtend_jit.cold']
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     "The command: processes, figures, chart. fastai has no Lion, so its Adam competes"
     monkeypatch.setattr(bench, 'time_cold', partial(time_cold, batches=(1,3)))
@@ -71,6 +72,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert {'ahead_1_s','speed_3','break_even'} <= {*r.cold_table()} and 'ahead_3_s' in str(r)
     assert (tmp_path/'cold.png').read_bytes()[:4] == b'\x89PNG'
 
+@pytest.mark.slow
 def test_says_what_failed():
     with pytest.raises(RuntimeError, match=r'partial\(adam_jit, tiger=1\) failed.*[\s\S]*tiger'):
         in_new_process('partial(adam_jit, tiger=1)', (1,))

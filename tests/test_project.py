@@ -116,6 +116,7 @@ def broken(path):
     return res
 
 @pages
+@pytest.mark.slow
 def test_renders(nb):
     "A page renders to HTML, starts with its title, and its links and pictures lead somewhere"
     assert re.search('<h1', render(nb)), "the first cell has to be a title, as `# name`"
