@@ -27,7 +27,7 @@ $(VENV)/.dev: settings.ini setup.py pyproject.toml
 demo: $(VENV)/.demo ## train on handwritten digits with Adam and with adam_jit, and compare
 	$(BIN)/python -m tests.tools.demo
 
-# Two processes with one thread each
+# Two processes with one thread each. Slow tests share what they run in processes of their own: each file stays in one
 PYTEST := time OMP_NUM_THREADS=1 python -m pytest tests -q -n 2 --durations=10
 
 test: $(VENV)/.dev ## run the notebooks, and the tests but for the slow ones: some minutes
@@ -36,7 +36,7 @@ test: $(VENV)/.dev ## run the notebooks, and the tests but for the slow ones: so
 	$(PYTEST) --dist worksteal -m 'not slow'
 
 slow: $(VENV)/.dev ## run the tests that take long, which `make test` leaves out
-	$(PYTEST) --dist loadgroup -m slow
+	$(PYTEST) --dist loadfile -m slow
 
 test-all: test slow ## run everything: notebooks and all tests
 

@@ -300,7 +300,6 @@ def ends(tmp_path_factory):
 
 @many
 @pytest.mark.slow
-@pytest.mark.xdist_group('resume')
 def test_kill_and_resume(case, ends):
     "Killed in an epoch, and again while a checkpoint is written: the end is bit-equal to that of an undisturbed run"
     path,codes,err = ends

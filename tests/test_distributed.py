@@ -9,7 +9,7 @@ import torch.distributed.fsdp
 from tests.cases import AHEAD,ALL
 
 pytest.importorskip('accelerate', reason='needs Accelerate, from the extra `dev`')
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('distributed')]  # what a process has found is for all
+pytestmark = pytest.mark.slow
 root = Path(__file__).parent.parent
 sharded = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='FSDP2 came with PyTorch 2.6')
 NAMES   = dict.fromkeys(['ddp','accelerate'], ()) | dict.fromkeys(['fsdp','hsdp','mixed','placements'], sharded)
