@@ -17,7 +17,7 @@ from fastai.losses import MSELossFlat
 from fastai.torch_core import params,set_seed
 
 from tests.cases import *
-from tests.support import every,same,snapshot,train,trained,twins
+from tests.support import every,same,slow_but,snapshot,train,trained,twins
 
 MANY = ALL+TWO_AHEAD
 many = pytest.mark.parametrize('case', MANY, ids=str)
@@ -149,7 +149,7 @@ def test_misfit(case, tmp_path):
     for o in (learn,twin): o.fit_one_cycle(1, 0.05)
     assert same(snapshot(learn.opt), snapshot(twin.opt))
 
-@many
+@pytest.mark.parametrize('case', slow_but(MANY[::5], MANY), ids=str)
 def test_misfit_in_learner(case, tmp_path):
     "fastai makes a warning of the error: the Learner goes on with the weights of the file and its own optimizer, whole"
     a,learn,twin = [trained_learner(case, True, tmp_path) for _ in range(3)]

@@ -50,6 +50,7 @@ def test_first_step_imports_little():
     assert 'torch._dynamo' not in new, f"torch._dynamo came with {len(new)} modules"
     assert len(new) <= 20, new
 
+@pytest.mark.slow
 def test_measuring_hides_nothing():
     "The module that runs in the process imports nothing that a user's imports have not"
     assert new_modules('import fastxtend_jit.cold') == ['fastxtend_jit.cold']

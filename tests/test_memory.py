@@ -220,7 +220,7 @@ FIVE = [(), (7,), (4,3), (6,5), (3,)],(2,1,2),torch.float32
 
 @every
 def test_nothing_grows(case):
-    "150 steps with changing sets of gradients, new gradients, new memory, new hypers"
+    "96 steps with changing sets of gradients, new gradients, new memory, new hypers"
     opt = trained(case, 0, *FIVE)
     ps = params_of(opt)
     def counts():
@@ -230,14 +230,14 @@ def test_nothing_grows(case):
         for i in range(n):
             for j,p in enumerate(ps): p.grad = None if (i>>j)&1 else torch.randn_like(p)
             if i%7 == 0: ps[i%5].data = ps[i%5].data.clone()
-            if i%50 == 0: opt.clear_state()
+            if i%32 == 0: opt.clear_state()
             opt.set_hyper('lr', 0.01/(i+1))
             opt.step()
             opt.zero_grad()
         new_grads(ps)
         opt.step()
         return counts()
-    (tensors,objects),(tensors2,objects2) = play(50),play(100)
+    (tensors,objects),(tensors2,objects2) = play(32),play(64)
     assert tensors2 == tensors and objects2 <= objects+20
 
 @cases
@@ -249,6 +249,7 @@ def test_scratch(case, relay, monkeypatch):
     opt = case.make(ps, True)
     for i in range(8):
         for p in ps: p.grad = torch.randn(128,64).t() if relay else torch.randn(64,128)
+        if i in (2,3,4): opt.step(); continue
         cpu = torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[cpu], profile_memory=True) as prof: opt.step()
         now = peak = 0

@@ -12,7 +12,7 @@ from tests.cases import *
 from tests.support import cases,slow_but
 
 # Slow, as they have least of their own: others have the same dtype or the same scenario
-LESS = [('plain',torch.float64), ('schedule',torch.float32), ('late',torch.float32)]
+LESS = [('plain',torch.float64), ('schedule',torch.float32), ('groups',torch.float32), ('late',torch.float32)]
 KINDS = [(s,d) for s in SCENARIOS for d in TOL]
 kinds = pytest.mark.parametrize('scenario,dtype', slow_but([k for k in KINDS if k not in LESS], KINDS), ids=str)
 PATHS = ['foreach','uncompiled','uncompiled foreach','small batches','compiled late']
@@ -66,6 +66,7 @@ class TooFar:
         return self.factory(ps, lr=1.1*lr, **kw)
 
 @cases
+@pytest.mark.slow
 def test_bfloat16_tells(case, dev):
     "The bound is one that a step breaks which is 10 % too large; LARC's have to be larger for that than by default"
     kw = {**case.kw, 'trust_coeff':1.} if case.jit is larc_jit else case.kw
