@@ -240,7 +240,7 @@ def test_nothing_grows(case):
     (tensors,objects),(tensors2,objects2) = play(32),play(64)
     assert tensors2 == tensors and objects2 <= objects+20
 
-@cases
+@pytest.mark.parametrize('case', slow_but([c for c in CASES if c.kw['decouple_wd']], CASES), ids=str)
 @pytest.mark.parametrize('relay', slow_but([True], [False,True]))
 def test_scratch(case, relay, monkeypatch):
     "Steps allocate a few batches' memory at most, however gradients lie: this is `tests.tools.memory` in small"
