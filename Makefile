@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TIMEFORMAT := -- took %R s
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow test-all bench fuzz readme dist clean
+.PHONY: help demo test slow test-all bench gpu fuzz readme dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
@@ -42,6 +42,9 @@ test-all: test slow ## run everything: notebooks and all tests
 
 bench: $(VENV)/.demo ## measure every optimizer beside fastai's and torch.optim's, some minutes
 	$(BIN)/python -m fastxtend_jit.bench
+
+gpu: $(VENV)/.dev ## check and measure all there is on an NVIDIA GPU, about eight minutes: nbs/performance/<card>/
+	$(BIN)/python -m tests.gpu
 
 fuzz: $(VENV)/.dev ## look for differences from fastai for longer: FASTXTEND_FUZZ=examples
 	FASTXTEND_FUZZ=$${FASTXTEND_FUZZ:-2000} python -m pytest tests/test_fuzz.py -q -m slow

@@ -9,6 +9,7 @@ __all__ = ['WholeTable', 'compare_steps', 'plot_steps', 'compare_forms', 'step_c
 
 # %% ../nbs/04_check.ipynb #63590bf6
 import inspect,math
+from functools import partial
 from typing import Callable
 
 import pandas as pd
@@ -27,13 +28,14 @@ class WholeTable(pd.DataFrame):
 # %% ../nbs/04_check.ipynb #2dcf55dc
 _shapes = (3,),(64,64),(30,7,3,3),()
 
-def _side_by_side(native, jit, steps, shapes, dtype, lr, **kwargs):
+def _side_by_side(native, jit, steps, shapes, dtype, lr, device='cpu', **kwargs):
     "For each step and tensor, the largest difference of two optimizers and the largest value"
     torch.manual_seed(0)
-    start = [torch.randn(s, dtype=dtype) for s in shapes]
+    draw = partial(torch.randn, dtype=dtype, device=device)
+    start = [*map(draw, shapes)]
     opts = [f([nn.Parameter(t.clone()) for t in start], lr=lr, **kwargs) for f in (native,jit)]
     for i in range(steps):
-        up,grads = math.sin(math.pi*(i+1)/(steps+1)),[torch.randn(s, dtype=dtype) for s in shapes]
+        up,grads = math.sin(math.pi*(i+1)/(steps+1)),[*map(draw, shapes)]
         for opt in opts:
             opt.set_hypers(lr=lr*(0.1 + 0.9*up), mom=0.95 - 0.1*up)
             for p,g in zip(opt.param_lists[0], grads): p.grad = g.clone()
@@ -48,10 +50,11 @@ def compare_steps(
     shapes:tuple=_shapes, # Shapes of the parameters
     dtype:torch.dtype=torch.float32, # Of parameters and gradients
     lr:float=0.01, # Highest learning rate of the cycle
+    device='cpu', # Where to compare
     **kwargs # Arguments of both factories
 ) -> pd.DataFrame:
     "Largest difference of any element at any step between two optimizers that get the same gradients"
-    apart,largest = zip(*_side_by_side(native, jit, steps, shapes, dtype, lr, **kwargs))
+    apart,largest = zip(*_side_by_side(native, jit, steps, shapes, dtype, lr, device, **kwargs))
     apart,largest = (torch.stack(o).max(0).values for o in (apart,largest))
     return WholeTable({'shape':list(shapes), 'largest difference':apart.tolist(), 'of values up to':largest.tolist(),
                        'relative':(apart/largest).tolist()})
@@ -79,10 +82,12 @@ def plot_steps(
 def compare_forms(
     native:Callable, # Factory of the optimizer to compare with
     jit:Callable, # Factory of the other
-    *forms:dict # Arguments of both factories, one form of the optimizer each
+    *forms:dict, # Arguments of both factories, one form of the optimizer each
+    device='cpu' # Where to compare
 ) -> pd.DataFrame:
     "Largest relative difference of any element at any step, for each form of an optimizer, in float32 and in float64"
-    def worst(dtype, form): return compare_steps(native, jit, dtype=dtype, **form)['relative'].max(skipna=False)
+    def worst(dtype, form):
+        return compare_steps(native, jit, dtype=dtype, device=device, **form)['relative'].max(skipna=False)
     index = [', '.join(f'{k}={v}' for k,v in form.items()) or 'defaults' for form in forms]
     dtypes = dict(float32=torch.float32, float64=torch.float64)
     res = {name:[float(f'{worst(dtype, form):.1e}') for form in forms] for name,dtype in dtypes.items()}

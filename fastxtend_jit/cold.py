@@ -11,7 +11,7 @@ __all__ = ['digits', 'resident_mb', 'cold_fit', 'in_new_process', 'time_cold']
 import json,math,os,random,subprocess,sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import process_time
+from time import perf_counter,process_time
 from typing import Callable
 
 import pandas as pd
@@ -20,7 +20,8 @@ from fastai.callback.core import Callback,CancelFitException,CancelValidExceptio
 # %% ../nbs/30_cold.ipynb #34837c80
 def digits(
     opt_func:Callable, # Makes the optimizer
-    bs:int=64 # Batch size
+    bs:int=64, # Batch size
+    device='cpu' # Where to train
 ):
     "A Learner for handwritten digits as a table: 64 categorical variables, 72 tensors, 22 batches an epoch"
     from fastai.tabular.all import Categorify,CategoryBlock,TabularDataLoaders,set_seed,tabular_learner
@@ -28,7 +29,7 @@ def digits(
     set_seed(42)
     df = load_digits(as_frame=True).frame.astype(int)
     pixels = [c for c in df.columns if c != 'target']
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=pixels, y_names='target', bs=bs, device='cpu',
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=pixels, y_names='target', bs=bs, device=device,
                                      y_block=CategoryBlock(), valid_idx=list(range(0, len(df), 5)))
     return tabular_learner(dls, layers=[200,100], opt_func=opt_func)
 
@@ -41,10 +42,10 @@ def resident_mb() -> float:
 class _Clock(Callback):
     "Adds up what lies between `start` and `stop`, as the first step does, and reads the clock after some batches"
     order = 1000  # after all others
-    def __init__(self, batches): self.batches,self.paid,self.new,self.read = batches,[0.,0.],set(),{}
-    def start(self): self.known,self.before = {*sys.modules},(process_time(),resident_mb())
+    def __init__(self, batches, now): self.batches,self.now,self.paid,self.new,self.read = batches,now,[0.,0.],set(),{}
+    def start(self): self.known,self.before = {*sys.modules},(self.now(),resident_mb())
     def stop(self):
-        now = process_time(),resident_mb()
+        now = self.now(),resident_mb()
         self.paid = [p+b-a for p,a,b in zip(self.paid, self.before, now)]
         self.new |= {*sys.modules}-self.known
     def before_step(self):
@@ -52,20 +53,24 @@ class _Clock(Callback):
     def after_step(self):
         if not self.train_iter: self.stop()
     def after_batch(self):
-        if self.train_iter in self.batches: self.read[self.train_iter] = process_time()
+        if self.train_iter in self.batches: self.read[self.train_iter] = self.now()
         if self.train_iter == max(self.batches): raise CancelFitException
     def before_validate(self): raise CancelValidException
 
 # %% ../nbs/30_cold.ipynb #d1448a5c
 def cold_fit(
     opt_func:Callable, # Makes the optimizer
-    batches:tuple # Numbers of batches after which to read the clock
+    batches:tuple, # Numbers of batches after which to read the clock
+    device:str='cpu' # Where to train: on a GPU the time is that on the wall, when the device has finished
 ) -> dict:
     "What a fit costs in this process, which has to be a fresh one"
     import torch
     torch.set_num_threads(1)
-    learn,clock = digits(opt_func),_Clock(batches)
-    begin = process_time()
+    def on_the_wall(): torch.cuda.synchronize(); return perf_counter()
+    now = process_time if device == 'cpu' else on_the_wall
+    learn,clock = digits(opt_func, device=device),_Clock(batches, now)
+    if device != 'cpu': (x := torch.ones(64, 64, device=device)) @ x  # the device itself is ready
+    begin = now()
     clock.start()
     learn.create_opt()
     clock.stop()
@@ -80,15 +85,16 @@ import json
 from fastai.tabular.all import *
 from fastxtend_jit.all import *
 from fastxtend_jit.cold import cold_fit
-print(json.dumps(cold_fit({opt_func}, {batches})))
+print(json.dumps(cold_fit({opt_func}, {batches}, {device!r})))
 '''
 
 def in_new_process(
     opt_func:str, # As it is written after the imports: `adam_jit`, `partial(SGD, mom=0.9)`
-    batches:tuple # Numbers of batches after which to read the clock
+    batches:tuple, # Numbers of batches after which to read the clock
+    device:str='cpu' # Where to train
 ) -> dict:
     "What `cold_fit` finds in a process of its own"
-    args = [sys.executable, '-W', 'ignore', '-c', _script.format(opt_func=opt_func, batches=batches)]
+    args = [sys.executable, '-W', 'ignore', '-c', _script.format(opt_func=opt_func, batches=batches, device=device)]
     res = subprocess.run(args, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'})
     if res.returncode: raise RuntimeError(f"A fit with {opt_func} failed in its process:\n{res.stderr}")
     return json.loads(res.stdout)
@@ -98,17 +104,19 @@ def time_cold(
     optimizers:dict, # For each name, factories of `fastai` and `ours`, as `in_new_process` takes them
     rounds:int=3, # Processes for each contestant
     batches:tuple=(22,66,132,440), # Numbers of batches after which to read the clock
-    progress:Callable=lambda line: None # Called with a line to show after each optimizer in each round
+    progress:Callable=lambda line: None, # Called with a line to show after each optimizer in each round
+    device:str='cpu' # Where to train
 ) -> pd.DataFrame:
     "Measure fits in fresh processes: a line for each optimizer, contestant and round"
-    in_new_process('adam_jit', (1,))  # from here on, files and bytecode are in the system's cache
+    in_new_process('adam_jit', (1,), device)  # from here on, files and bytecode are in the system's cache
     rng,keys = random.Random(0),[(o,c,i+1) for o,cs in optimizers.items() for c in cs for i in range(rounds)]
     found = dict.fromkeys(keys)
     for i in range(1, rounds+1):
         for o in rng.sample([*optimizers], len(optimizers)):
             cs = rng.sample([*optimizers[o]], len(optimizers[o]))
-            with ThreadPoolExecutor(len(cs)) as pool:  # all at once: what disturbs one disturbs the others
-                res = pool.map(lambda c: in_new_process(optimizers[o][c], batches), cs)
+            # all at once: what disturbs one disturbs the others; but they would share one GPU
+            with ThreadPoolExecutor(len(cs) if device == 'cpu' else 1) as pool:
+                res = pool.map(lambda c: in_new_process(optimizers[o][c], batches, device), cs)
             found |= {(o,c,i): r for c,r in zip(cs, res)}
             first = ', '.join(f"{c} {found[o,c,i]['first_s']:.2f} s" for c in optimizers[o])
             progress(f"cold, round {i} of {rounds}, {o}: first step {first}")

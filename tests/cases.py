@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,7 +55,8 @@ FIRST  = [*{c.jit:c for c in CASES[::-1]}.values()]  # one of each, in the first
 AHEAD  = [Case(Ahead(Lookahead, c.native), Ahead(JitLookahead, c.jit), {**c.kw, 'k':3})
           for c in ALL if c.jit is not ranger_jit]
 TWO_AHEAD = [c for c in AHEAD if c.jit.factory in (adam_jit,lamb_jit)]  # an elementwise one and one with norms
-DEVICES = ['cpu'] + ['cuda']*torch.cuda.is_available()
+ON_GPU  = [pytest.param('cuda', marks=pytest.mark.gpu)]*torch.cuda.is_available()
+DEVICES = ['cpu', *ON_GPU]
 
 # Relative to the largest element of a tensor
 TOL = {torch.float32: 3e-5, torch.float64: 1e-11}

@@ -122,7 +122,7 @@ def test_plain():
     assert plain is not compiled and plain.compiled is adam_jit_step.fn and plain.args == compiled.args
 
 def test_training_takes_turns():
-    make,batch = bench.models['many_small']
+    make,batch,_ = bench.models['many_small']
     opts = []
     def keep(f): return lambda *a, **k: opts.append(f(*a, **k)) or opts[-1]
     ms = time_training(make(), batch(), 0.01, dict(fastai=keep(bench.Adam), ours=keep(adam_jit)))

@@ -335,7 +335,7 @@ def test_contract(case, name, dev, tmp_path):
     else: assert our_more == more
 
 @every
-@pytest.mark.parametrize('to', [torch.float64,*DEVICES[1:]], ids=str)
+@pytest.mark.parametrize('to', [torch.float64,*ON_GPU], ids=str)
 def test_model_to(case, to, tmp_path):
     """State that no longer fits is an error before anything changes, and `clear_state` mends it
 

@@ -5,6 +5,8 @@ import copy,math,os
 
 import pytest
 import torch
+
+pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck,settings,strategies as st
 from hypothesis.stateful import RuleBasedStateMachine,initialize,invariant,rule,run_state_machine_as_test
 from fastcore.foundation import L

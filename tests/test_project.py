@@ -5,10 +5,11 @@ from functools import cache
 from html.parser import HTMLParser
 from urllib.parse import unquote,urlsplit
 
-import nbformat
 import pytest
 import torch
-import yaml
+
+pytest.importorskip('nbdev', reason='notebooks need nbdev')
+import nbformat,yaml
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from nbdev.clean import nbdev_clean
@@ -22,6 +23,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastxtend_jit import selfcheck
 from fastxtend_jit.all import JitOptimizer,adam_jit_step,sgd_jit,sgd_jit_step
+from fastxtend_jit.report import Report
 from tests import engine
 from tests.tools.readme import readme,root
 
@@ -85,6 +87,23 @@ def test_front_page_figures(monkeypatch):
         assert ''.join(o['data']['text/markdown'] for o in c.outputs) == shown.data
         checked += 1
     assert checked >= 3
+
+def test_pages_show_a_card(tmp_path, monkeypatch):
+    "As soon as there is a folder for it, the front page and the page on performance have its figures"
+    shutil.copytree(root/'nbs'/'performance', tmp_path/'performance')
+    card = Report.load(root/'nbs'/'performance')
+    card.machine |= dict(gpu='NVIDIA Made Up', device='cuda')
+    card.save(tmp_path/'performance'/'nvidia-made-up')
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    monkeypatch.setattr('IPython.display.Markdown', shown.append)
+    monkeypatch.setattr('IPython.display.display', lambda *args: None)
+    for nb,cells,text in (('index.ipynb', ('Report.load','on_a_card'), "On a GPU: yes**: on NVIDIA Made Up a"),
+                          ('31_performance.ipynb', ('',), 'performance/nvidia-made-up/speed.png')):
+        scope = {}
+        for c in nbformat.read(root/'nbs'/nb, 4).cells:
+            if c.cell_type == 'code' and any(s in c.source for s in cells): exec(c.source, scope)
+        assert text in '\n'.join(shown)
 
 class Page(HTMLParser):
     "Links, images and anchors of a page"
