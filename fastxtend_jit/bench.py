@@ -184,9 +184,11 @@ class DeviceTime:
 
     def _between(self, f):
         a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = perf_counter()
         a.record()
         f()
         b.record()
+        self.host_ms = 1000*(perf_counter()-start)
         torch.cuda.synchronize()
         return a.elapsed_time(b)
 
@@ -194,9 +196,15 @@ class DeviceTime:
         f:Callable, # What to run
         host_ms:float # Time that the host takes to launch it
     ) -> float:
+        ms = min(150., 1.3*host_ms+0.3)
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(self.per_ms*min(150., 1.3*host_ms+0.3)))  # while the host launches
-        return self._between(f)
+        torch.cuda._sleep(int(self.per_ms*ms))  # while the host launches
+        res = self._between(f)
+        return res if self.host_ms < ms else np.nan  # the device may have waited for the host
+
+def _median_ms(seconds, period):
+    "As that of `timing`, over the calls that have a figure"
+    return 1000*pd.DataFrame(np.reshape(seconds, (-1,period))).median().mean(skipna=False)
 
 def host_and_device(
     fns:dict, # Functions to time, by name, that have run before
@@ -204,7 +212,7 @@ def host_and_device(
     period:int=1, # Number of calls after which a function does the same again
     rounds:int=12 # Calls of each, a multiple of `period`
 ) -> dict:
-    "For each function `host_ms`, until the call returns, and `device_ms`, what the device takes: medians"
+    "For each function medians: `host_ms`, until the call returns, and `device_ms`, what the device takes, or NaN"
     now,device_time,host,dev = clock(device),DeviceTime(),{n:[] for n in fns},{n:[] for n in fns}
     for _ in range(rounds):
         for n,f in fns.items():
@@ -212,7 +220,7 @@ def host_and_device(
             f()
             host[n].append(perf_counter()-start)
             dev[n].append(device_time(f, 1000*host[n][-1])/1000)
-    return {n: dict(host_ms=timing(host[n], period).median, device_ms=timing(dev[n], period).median) for n in fns}
+    return {n: dict(host_ms=timing(host[n], period).median, device_ms=_median_ms(dev[n], period)) for n in fns}
 
 # %% ../nbs/30_bench.ipynb #f671f097
 def bytes_moved(
@@ -288,15 +296,19 @@ class _Turns(Callback):
     order = -20
     def __init__(self, opts, seconds): self.opts,self.seconds,self.times = opts,seconds,{n:[] for n in opts}
     def before_fit(self):
+        self.params = [*self.model.parameters()]
+        self.grads = {n:[None]*len(self.params) for n in self.opts}  # some drop them, some zero them: to each its own
         self.now = clock(self.dls.device)
         self.end = self.now()+self.seconds
     def before_batch(self):
         self.turn = [*self.opts][self.iter % len(self.opts)]
         self.learn.opt = self.opts[self.turn]
+        for p,g in zip(self.params, self.grads[self.turn]): p.grad = g
         self.start = self.now()
     def after_batch(self):
         now,ts = self.now(),self.times[self.turn]
         ts.append(now-self.start)
+        self.grads[self.turn] = [p.grad for p in self.params]
         if now > self.end and self.turn == [*self.opts][-1] and len(ts) >= 5: raise CancelFitException
     def before_validate(self): raise CancelValidException
 
@@ -342,13 +354,13 @@ def training_memory(
             if self.iter == 3: raise CancelFitException
     res = {}
     for n,f in opt_funcs.items():
+        gc.collect()  # a Learner is part of cycles, and the one before would count
         learn = _learner(model, batch, precision)
         _made(learn, f)
         with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=Peak())
         res[n] = torch.cuda.max_memory_allocated()/2**20
         model.zero_grad()
         del learn
-        gc.collect()
     return res
 
 # %% ../nbs/30_bench.ipynb #0d0ad150
@@ -472,22 +484,26 @@ def _measure(name, optimizers, parts, device, seconds, channels_last, precision)
             gc.collect()
         del limit
     for p in precision if 'training' in parts else ():
+        gc.collect()
         try: d = _train_line(model, tuple(map(lay, batches[device != 'cpu']())), name, seconds, p)
         except Exception as e: yield _failed(name, f'training, {p}', e)
         else:
             line = f"{name:10} training with Adam, {p}: {d['ours_ms']:.2f} ms a batch, {d['speed']:.2f}x fastai"
             yield 'training',d,line
 
+def _alone(optimizers): return [o for o in optimizers if o not in variants]
+
 def _run(models, optimizers, parts, rounds, **options):
     "A whole run"
-    for name in models:
+    for name in models if {'cells','training'} & {*parts} else ():
         yield from _measure(name, optimizers, parts, **options)
         gc.collect()
     if 'engine' in parts: yield 'engine',time_engine(options['seconds']),'the engine'
-    cold = {o: written(rows[o]) for o in optimizers if o not in variants}
-    if 'cold' in parts and cold:
-        res = time_cold(cold, rounds, progress=partial(print, flush=True), device=options['device'])
-        yield 'cold',res,'the cold start'
+    show = partial(print, flush=True)
+    for i,o in enumerate(_alone(optimizers) if 'cold' in parts else ()):
+        try: d = time_cold({o:written(rows[o])}, rounds, progress=show, device=options['device'], warm=not i)
+        except Exception as e: yield _failed('cold', o, e)
+        else: yield 'cold',d,f"{'cold':10} {o}"
 
 # %% ../nbs/30_bench.ipynb #98ba5f9c
 _choices = dict(model=models, optimizer=rows, part=('cells','training','engine','cold'),
@@ -522,12 +538,12 @@ def main(
         raise SystemExit("There is no GPU that PyTorch can use here, so nothing was measured on CUDA. "
                          "Run it with `--device cpu`, or on a machine with a GPU.")
     if threads: torch.set_num_threads(threads)
-    if device.startswith('cuda'): torch.cuda.set_device(device)
+    if device.startswith('cuda:'): torch.cuda.set_device(device)  # which refuses one without a number
     options = dict(device=device, seconds=seconds, channels_last=channels_last)
     now,report,done,failed = clock(),Report(machine={**machine(), **options}),count(1),0
     options['precision'],start = _pick('precision', precision if device != 'cpu' else 'fp32'),now()
     print(report.where(), flush=True)
-    once = ('engine' in parts) + ('cold' in parts and any(o not in variants for o in opts))
+    once = ('engine' in parts) + ('cold' in parts)*len(_alone(opts))
     each = len(opts)*('cells' in parts) + len(options['precision'])*('training' in parts)
     total = repeat*(len(names)*each + once)
     for run in range(1, repeat+1):

@@ -105,10 +105,11 @@ def time_cold(
     rounds:int=3, # Processes for each contestant
     batches:tuple=(22,66,132,440), # Numbers of batches after which to read the clock
     progress:Callable=lambda line: None, # Called with a line to show after each optimizer in each round
-    device:str='cpu' # Where to train
+    device:str='cpu', # Where to train
+    warm:bool=True # Begin with a process that does not count?
 ) -> pd.DataFrame:
     "Measure fits in fresh processes: a line for each optimizer, contestant and round"
-    in_new_process('adam_jit', (1,), device)  # from here on, files and bytecode are in the system's cache
+    if warm: in_new_process('adam_jit', (1,), device)  # from here on, files and bytecode are in the system's cache
     rng,keys = random.Random(0),[(o,c,i+1) for o,cs in optimizers.items() for c in cs for i in range(rounds)]
     found = dict.fromkeys(keys)
     for i in range(1, rounds+1):

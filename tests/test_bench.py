@@ -1,4 +1,5 @@
 "The benchmark: it runs from end to end, and its figures mean what it says they mean"
+from functools import partial
 from itertools import cycle
 
 import numpy as np, pandas as pd
@@ -129,6 +130,24 @@ def test_training_takes_turns():
     assert all(0 < t.lower <= t.median <= t.upper for t in ms.values())
     native,jit = [{st['step'] for st in o.state.values()} for o in opts]
     assert native == jit and min(jit) >= 5
+
+def test_gradients_of_ones_own():
+    "`torch.optim` drops gradients, fastai and ours zero them, and none of it shows in another's turn"
+    make,batch,_ = bench.models['many_small']
+    model,grads = make(),{}
+    def see(name, f):
+        def made(params, **kw):
+            opt = f(params, **kw)
+            step,grads[name] = opt.step,[]
+            def see_and_step(): grads[name].append(next(model.parameters()).grad); step()
+            opt.step = see_and_step
+            return opt
+        return made
+    fs = dict(fastai=bench.Adam, torch=partial(bench.OptimWrapper, opt=torch.optim.AdamW), ours=adam_jit)
+    time_training(model, batch(), 0.01, {n:see(n, f) for n,f in fs.items()})
+    number = {n:len({*map(id, gs)}) for n,gs in grads.items()}
+    assert number['fastai'] == number['ours'] == 1 and number['torch'] == len(grads['torch']) > 3
+    assert grads['fastai'][0] is not grads['ours'][0]
 
 def test_engine(monkeypatch):
     monkeypatch.setattr(bench, 'import_time', lambda: 0.25)

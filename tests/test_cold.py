@@ -6,7 +6,7 @@ import numpy as np, pandas as pd
 import pytest
 import torch
 
-from fastxtend_jit import bench
+from fastxtend_jit import bench,cold
 from fastxtend_jit.bench import main,rows,written
 from fastxtend_jit.cold import *
 from fastxtend_jit.report import *
@@ -72,6 +72,21 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert r.cold.modules[0] == 0 and not r.cold.dynamo[0]
     assert {'ahead_1_s','speed_3','break_even'} <= {*r.cold_table()} and 'ahead_3_s' in str(r)
     assert (tmp_path/'cold.png').read_bytes()[:4] == b'\x89PNG'
+
+def test_one_after_the_other(tmp_path, monkeypatch):
+    "What there is is saved after each optimizer, what fails stops no other, one process warms up, no model is made"
+    calls = []
+    def in_new_process(opt_func, batches, device):
+        calls.append(opt_func)
+        if 'sgd_jit' in opt_func: raise RuntimeError('no SGD')
+        if opt_func == 'lamb_jit': raise KeyboardInterrupt
+        return dict(first_s=1., first_mb=1., modules=0, dynamo=False, fit_22_s=2.)
+    monkeypatch.setattr(cold, 'in_new_process', in_new_process)
+    monkeypatch.setitem(bench.models, 'many_small', None)
+    with pytest.raises(KeyboardInterrupt):
+        main('many_small', 'adam,sgd,sgd_l2,lion,lamb', parts='cold', rounds=1, out=str(tmp_path))
+    assert Report.load(tmp_path).cold.optimizer.unique().tolist() == ['adam','lion']
+    assert calls.count('adam_jit') == 2 and not any('decouple_wd' in c for c in calls)
 
 @pytest.mark.slow
 def test_says_what_failed():
