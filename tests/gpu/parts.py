@@ -15,7 +15,7 @@ from fastxtend_jit.all import *
 from fastxtend_jit.optimizer import slow_numbers
 from tests import engine
 from tests.cases import OTHERS,PAIRS,VARIANTS
-from tests.gpu.report import PROMISED
+from tests.gpu.report import PROMISED,read
 from tests.tools.launches import xresnet_shapes
 
 class Found:
@@ -23,9 +23,9 @@ class Found:
     def __init__(self, part, file, device, seconds):
         self.part,self.file,self.device = part,Path(file),torch.device(device)
         self.end,self.heard,self.failed = time.monotonic()+seconds,set(),False
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.tried = {r['key'] for r in map(json.loads, lines) if (r['part'],r['kind']) == (part,'begun')}
+        self.tried = {r['key'] for r in read(self.file) if (r['part'],r['kind']) == (part,'begun')}
         warnings.showwarning = self._heard
+        warnings.simplefilter('default')  # the process was started with none
 
     @property
     def small(self):
@@ -58,7 +58,7 @@ class Found:
     def _heard(self, message, category, filename, *_):
         text = f'{category.__name__}: {message}'
         print(text, flush=True)
-        if ('fastxtend' in filename or 'fused' in text) and text not in self.heard:
+        if (Path(filename).parent.name == 'fastxtend_jit' or 'fused' in text) and text not in self.heard:
             self.heard.add(text)
             self.put('warning', text=text)
 
@@ -80,10 +80,11 @@ def checked(found):
         found.put('card', name=p.name, memory_gib=round(p.total_memory/2**30, 1), capability=f'{p.major}.{p.minor}',
                   multiprocessors=p.multi_processor_count, l2_mib=getattr(p, 'L2_cache_size', 0)/2**20)
     dtypes = (torch.float32,) if found.small else tuple(selfcheck._rounding)
-    res = selfcheck.selfcheck([found.device], dtypes, 4 if found.small else 25)
-    print(selfcheck.summary(res))
-    for r in res.to_dict('records'): found.put('check', **r)
-    found.failed |= not res.ok.all()
+    for dtype in dtypes:
+        res = selfcheck.selfcheck([found.device], (dtype,), 4 if found.small else 25)
+        print(selfcheck.summary(res), flush=True)
+        for r in res.to_dict('records'): found.put('check', **r)
+        found.failed |= not res.ok.all()
 
 def _beside_fastai(found, native, jit, form):
     res = check.compare_forms(native, jit, {'wd':0.01, **form}, device=found.device).iloc[0]
@@ -114,6 +115,7 @@ def profiled(found, f):
         within = lambda e: not inside or span['ts'] <= e['ts'] <= span['ts']+span['dur']
         return [e for e in events if e['cat'] in cats and within(e)]
     kernels = of('kernel')
+    if not (found.small or kernels): raise RuntimeError('The profiler sees no kernels: CUPTI cannot trace here')
     foreign = Counter(e['name'] for e in kernels if '::' not in e['name'])  # not ATen's
     return dict(kernels=len(kernels), copies=len(of('gpu_memcpy','gpu_memset')), foreign=dict(foreign),
                 busy_ms=sum(e.get('dur', 0) for e in kernels)/1e3,
@@ -151,7 +153,7 @@ def _first_wait(found, f):
     found.sync()
     if not found.small: torch.cuda.set_sync_debug_mode('error')
     try: f()
-    except RuntimeError as e: return str(e).splitlines()[0]
+    except RuntimeError as e: return str(e).strip().splitlines()[-1]  # TorchScript's begin with where it was
     finally:
         if not found.small: torch.cuda.set_sync_debug_mode('default')
     return ''

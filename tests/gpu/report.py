@@ -8,12 +8,18 @@ from fastxtend_jit.report import Report,markdown,medians
 
 PROMISED = dict(float32=3e-5, float64=1e-11)
 
+def read(path):
+    "Lines of found.jsonl, but for those that were cut short"
+    res = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try: res.append(json.loads(line))
+        except ValueError: pass
+    return res
+
 def found(folder, part):
     "What a part found: a table for each kind of line"
-    path,res = Path(folder)/'found.jsonl',{}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try: r = json.loads(line)
-        except ValueError: continue  # cut short
+    res = {}
+    for r in read(Path(folder)/'found.jsonl'):
         if r.pop('part') == part: res.setdefault(r.pop('kind'), []).append(r)
     return {k: pd.DataFrame(rs) for k,rs in res.items()}
 
@@ -32,10 +38,10 @@ def _wrong(folder, took):
         f = found(folder, part)
         for what,column in (('error','text'),('warning','text'),('left out','key')):
             if what in f: lines += [f'- {part}, {what}: `{t.strip().splitlines()[-1][:400]}`' for t in f[what][column]]
-    for name in dict.fromkeys(name for name,status,_ in took if status):
+    for name,status in {name:status for name,status,_ in took if status}.items():
         log = Path(folder)/'logs'/f'{name}.txt'
         end = log.read_text(errors='replace').strip().splitlines()[-8:] if log.exists() else []
-        lines += ['', f'{name} did not end well. Its last words:', '```', *end, '```']
+        lines += ['', f'{name} did not end well ({status}).', *(['```', *end, '```'] if end else [])]
     return '\n'.join(lines).strip() or 'Nothing.'
 
 def _check(folder, took):
