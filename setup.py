@@ -21,7 +21,7 @@ setup(
     long_description=readme, long_description_content_type='text/markdown',
     classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    packages=[lib], install_requires=cfg['requirements'].split(),
+    packages=[lib], package_data={lib: ['py.typed']}, install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': f'{lib}={lib}._modidx:d'},
 )

@@ -6,8 +6,8 @@ import torch
 
 from . import __version__
 from .adam import adam_jit_step
-from .check import WholeTable
-from .proof import fused_fault
+from .parity import WholeTable
+from .trial import why_not_fused
 from .selfcheck import devices,selfcheck,summary
 
 def print_versions():
@@ -29,7 +29,7 @@ def has_fused(dev, dtype):
     scalars = dict(step=1, lr=0.01, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01, do_wd=True, decouple_wd=True, fused=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return not fused_fault(adam_jit_step, ('grad_avg','sqr_avg'), dev, dtype, scalars)
+        return not why_not_fused(adam_jit_step, ('grad_avg','sqr_avg'), dev, dtype, scalars)
 
 def print_kernels():
     "Each device, and the dtypes that have fused kernels there"

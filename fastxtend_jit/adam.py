@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/12_adam.ipynb #b5f14c1e
 @jit_step(elementwise=True, check=can_debias, lazy=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fragments import adam_update,average_sqr_grad,can_debias,debias,scale_,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/18_adan.ipynb #a079ea99
 def _can_debias(diff_mom:float, step:int, **others):

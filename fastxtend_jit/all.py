@@ -1,5 +1,6 @@
 "What `from fastxtend_jit.all import *` brings in: the optimizers, their steps, classes, `jit_opt`, methods of Learner"
-from .optimizer import JitOptimizer,JitLookahead
+from .optimizer import JitOptimizer
+from .lookahead import JitLookahead
 from .sgd import *
 from .rmsprop import *
 from .adam import *

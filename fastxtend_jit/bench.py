@@ -26,8 +26,8 @@ from fastcore.script import call_parse
 from .all import *
 from .cold import time_cold
 from .report import PLAIN,Report,compare,machine,variants
-from .script import JitStep,compile_after
-from .trace import aten_calls,clock,peak_memory
+from .step import JitStep,compile_after
+from .calls import aten_calls,clock,peak_memory
 from fastai.callback.core import Callback,CancelFitException,CancelValidException
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,OptimWrapper,ranger
 
@@ -228,7 +228,7 @@ def bytes_moved(
 ) -> float:
     "Bytes that a step has to move: parameter, gradient and state read once, parameter and state written once"
     size = lambda t: t.numel()*t.element_size()
-    names = [n for n in opt.state_names if n not in opt.opt_step.numbers and n != 'slow_weights']
+    names = [n for n in opt.state_names if n not in opt.opt_step.scalar_state and n != 'slow_weights']
     total = sum(3*size(p) + sum(2*size(st[n]) for n in names) for p,_,st,_ in opt.all_params(with_grad=True))
     if hasattr(opt, 'slow_weights'): total += 2*sum(size(s) for pg in opt.slow_weights for s in pg)/opt.k
     return total
@@ -378,8 +378,8 @@ def bare_step(
     step,ps = opt.opt_step,[p for p,*_ in opt.all_params(with_grad=True)]
     state = {n: [opt.state[p][n] for p in ps] for n in opt.state_names}
     given = dict(params=ps, grads=[p.grad for p in ps], step=opt.state[ps[0]].get('step', 0)+1,
-                 decouple_wd=opt.decouple_wd, flat=ps[0].is_cpu, **opt.hypers[0], **state)
-    for n in step.numbers: given[n] = torch.stack(given[n])
+                 decouple_wd=opt.decouple_wd, dense_cpu=ps[0].is_cpu, **opt.hypers[0], **state)
+    for n in step.scalar_state: given[n] = torch.stack(given[n])
     given |= args
     values = [given.get(n, step.defaults.get(n)) for n in step.args]
     return lambda: step.compiled(*values)

@@ -25,10 +25,10 @@ from fastai.callback.core import Callback,CancelFitException
 from fastai.learner import Learner
 from fastai.torch_core import get_random_states,set_random_states,to_cpu
 
-from .check import WholeTable
+from .parity import WholeTable
 from .learner import factories_of
 from .optimizer import JitOptimizer
-from .trace import clock
+from .calls import clock
 
 # %% ../nbs/20_compare.ipynb #8f6a0d25
 @contextmanager

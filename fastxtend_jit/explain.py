@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .check import WholeTable
+from .parity import WholeTable
 from .optimizer import JitOptimizer
-from .proof import same_random
-from .trace import Rehearsal
+from .trial import same_random
+from .calls import Rehearsal
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
 @torch.no_grad()
@@ -27,38 +27,38 @@ def _rehearse(f, device, *args):
 def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
 
 # %% ../nbs/21_explain.ipynb #afccf2cc
-def _why(step, bucket, grads, scalars, path):
+def _why(step, bucket, form, grads, scalars, path):
     "Why `bucket` takes no faster path"
-    later = lambda: _path(_rehearse(bucket.run, bucket.key.device, grads, {**scalars, 'step':10_000}).calls)
+    later = lambda: _path(_rehearse(bucket.run, bucket.key.device, form, grads, {**scalars, 'step':10_000}).calls)
     if path == 'fused': why = []
-    elif bucket.fault: why = [bucket.fault]
+    elif form.why: why = [form.why]
     elif 'step' in scalars and later() == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
-    if bucket.key.copied: why.append(f'copies {len(bucket.slots)} gradients')
+    if bucket.key.grad_copy_group: why.append(f'copies {len(bucket.slots)} gradients')
     if step.is_due and not step.is_compiled: why.append('TorchScript cannot compile here')
     return '; '.join(why)
 
 def _cost(r): return {'ATen calls':r.calls.total(), 'scratch, MiB':round(r.peak/2**20, 2)}
 
-def _row(opt, bucket, grads, scalars):
+def _row(opt, bucket, form, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
-    r = _rehearse(bucket.run, key.device, grads, scalars)
+    r = _rehearse(bucket.run, key.device, form, grads, scalars)
     wd,path = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.,_path(r.calls)
     return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
-            'elements': sum(p.numel() for p in ps), 'batches': len(bucket.kept[0]), 'path': path,
-            'why not faster': _why(opt.opt_step, bucket, grads, scalars, path), **_cost(r)}
+            'elements': sum(p.numel() for p in ps), 'batches': len(form.fixed[0]), 'path': path,
+            'why not faster': _why(opt.opt_step, bucket, form, grads, scalars, path), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
     "What the next step does, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
-    plan,grads,scalars = self._prepare() if self._plan else (None,None,())
-    if not scalars:
+    x,_,calls = self._prepare() if self._plan else (None,None,())
+    if not calls:
         raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` "
                            "after `backward()`. The same holds after `clear_state` (which `freeze` calls), after "
                            "`to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
-    rows = [_row(self, b, grads, s) for b,s in zip(plan.buckets, scalars)]
-    after = _rehearse(self._after, plan.params[0].device, plan)
+    rows = [_row(self, b, form, x.grads, s) for b,form,s in calls]
+    after = _rehearse(self._after, x.params[0].device, x)
     if after.calls:
         why = 'a lookahead, after the step'
         rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})

@@ -7,7 +7,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/fragments.html.md"""
 # %% auto #0
 __all__ = ['scale_', 'weight_decay', 'average_grad', 'average_sqr_grad', 'debias', 'can_debias', 'fused_sgd', 'kernel_beta',
            'can_fuse', 'fused_adam', 'adam_update', 'rectify', 'can_rectify', 'radam', 'sum_of_squares', 'norms',
-           'spread', 'sub_scaled_', 'descend', 'adam_direction', 'lookahead']
+           'broadcast_scalars', 'sub_scaled_', 'sgd_per_tensor_lr', 'adam_direction', 'lookahead']
 
 # %% ../nbs/01_fragments.ipynb #a562d3d9
 import math
@@ -21,7 +21,7 @@ def scale_(
     xs:List[Tensor], # Tensors, multiplied in place
     by:float # Factor
 ):
-    "Multiply by a number, in the precision of the arithmetic and not of the tensors"
+    "Multiply by a number in the precision of the arithmetic, not of the tensors"
     x = xs[0]
     if x.is_cpu:
         exact = torch.float32 if x.dtype == torch.float32 else torch.float64
@@ -101,7 +101,7 @@ def kernel_beta(
     beta:float, # Share of the old average
     x:Tensor # Any tensor that the kernel takes
 ) -> float:
-    "`beta` as the kernels take it: on CUDA rounded to float32, but for float64"
+    "`beta` as the kernels take it: on CUDA rounded to float32, except for float64 tensors"
     if x.is_cpu or x.dtype == torch.float64: return beta
     c = 536870913. * beta  # 2^29 + 1: of the 53 bits of a double this leaves 24
     return c - (c - beta)
@@ -111,12 +111,11 @@ def can_fuse(
     sqr_mom:float, # β₂
     x:Tensor # Any tensor that the kernel takes
 ) -> bool:
-    "Do both powers β^t go to 0, as `fused_adam` takes for granted, and does rounding leave 1-β as it is?"
+    "Whether both powers β^t go to 0, as `fused_adam` takes for granted, and rounding leaves 1-β as it is"
     for beta in (mom,sqr_mom):
         if not (-1. < beta and beta < 1. and abs(kernel_beta(beta, x) - beta) <= 3e-5*(1.-beta)): return False
     return True
 
-# %% ../nbs/01_fragments.ipynb #37995757
 def fused_adam(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients
@@ -138,7 +137,7 @@ def fused_adam(
     root = math.sqrt(debias(sqr_mom, step)) if step > 0 else 1.
     s = root/debias(mom, step) if step > 0 and debias_first else root
     # With an infinite step the kernels' own debiasing is 1 - β^∞ = 1 in any precision.
-    # They only read it: one tensor serves all parameters
+    # They only read the step, so one tensor serves all parameters
     steps = [torch.full([], math.inf, dtype=torch.float32, device=params[0].device)] * len(params)
     if decouple_wd:
         torch._fused_adamw_(params, grads, grad_avg, sqr_avg, [], steps, lr=lr*s, beta1=mom, beta2=sqr_mom,
@@ -157,7 +156,7 @@ def adam_update(
     debias2:float=1., # The second moment's debiasing
     beta:float=0. # Sharpness of a softplus over the denominator, as in SAdam, 0 for none
 ):
-    "Adam's update by itself, with averages that are up to date"
+    "Adam's update alone, from updated averages"
     denom = torch._foreach_div(sqr_avg, debias2)
     torch._foreach_sqrt_(denom)
     torch._foreach_add_(denom, eps)
@@ -240,14 +239,14 @@ def sum_of_squares(
     rows = torch.linalg.vector_norm(x.as_strided([n//256,256], [256,1]), dim=1).double()
     res = torch.dot(rows, rows)
     if n%256 > 0: res = res + x.as_strided([n%256], [1], x.storage_offset() + n - n%256).square().double().sum()
-    return res.to(x.dtype)  # an overflow is one here, as it is in fastai
+    return res.to(x.dtype)  # which overflows where fastai's does
 
 def norms(
     xs:List[Tensor], # Tensors of any shape
-    flat:bool=False, # Are they dense, in a CPU's memory?
+    dense_cpu:bool=False, # Are they dense, in a CPU's memory?
     mean:bool=False # Roots of the mean square instead?
 ) -> Tensor:
-    "L2 norm of each tensor, as one vector on the device; of 16 bits in a CPU's memory in float32, which squares need"
+    "L2 norm of each tensor, as one vector on the device; in float32 for 16-bit tensors on a CPU, whose squares need it"
     if not xs[0].is_cpu:
         res = torch._foreach_norm(xs)
         if mean:
@@ -255,12 +254,12 @@ def norms(
             res = torch._foreach_div(res, roots)
         return torch.stack(res)
     if xs[0].dtype == torch.bfloat16 or xs[0].dtype == torch.float16: xs = [x.float() for x in xs]
-    sums = [sum_of_squares(x) if flat else x.pow(2).sum() for x in xs]
+    sums = [sum_of_squares(x) if dense_cpu else x.pow(2).sum() for x in xs]
     if mean: sums = [s/xs[i].numel() for i,s in enumerate(sums)]
     return torch.stack(sums).sqrt()
 
 # %% ../nbs/01_fragments.ipynb #b20751a6
-def spread(
+def broadcast_scalars(
     factors:Tensor, # A number for each tensor
     xs:List[Tensor] # Dense tensors
 ) -> List[Tensor]:
@@ -275,28 +274,29 @@ def sub_scaled_(
     params:List[Tensor], # Parameters, updated in place
     updates:List[Tensor], # What to subtract from each
     factors:Tensor, # Times what, a number for each
-    slow_numbers:bool=False # Does a list of single numbers take a launch for each, and are the tensors dense?
+    spread_scalars:bool=False # Does a list of single numbers take a launch for each, and are the tensors dense?
 ):
     "Subtract from each tensor its update, times a number of its own that stays on the device"
     factors = factors.to(params[0].dtype)
-    torch._foreach_addcmul_(params, updates, spread(factors, params) if slow_numbers else factors.unbind(), -1.)
+    scalars = broadcast_scalars(factors, params) if spread_scalars else factors.unbind()
+    torch._foreach_addcmul_(params, updates, scalars, -1.)
 
 # %% ../nbs/01_fragments.ipynb #3f606dcf
-def descend(
+def sgd_per_tensor_lr(
     params:List[Tensor], # Parameters, updated in place
     grads:List[Tensor], # Gradients, or what is to be subtracted
     grad_avg:Optional[List[Tensor]], # Moving averages of the gradients, updated in place; `None` for no momentum
     mom:float, # Gradient moving average (β1) coefficient
     lrs:Tensor, # Learning rate of each parameter
     fused:bool, # Can the fused kernels take these tensors?
-    flat:bool, # Are these dense tensors in a CPU's memory?
-    slow_numbers:bool, # Does a list of single numbers take a launch for each?
-    keep:float=1., # Part of the parameters to keep, the rest is true weight decay
-    p_norm:Optional[Tensor]=None # Norms of the parameters, if that is not all
+    dense_cpu:bool, # Are these dense tensors in a CPU's memory?
+    spread_scalars:bool, # Does a list of single numbers take a launch for each?
+    keep:float=1., # Part of the parameters to keep, less than 1 with true weight decay
+    p_norm:Optional[Tensor]=None # Norms of the parameters, needed to decay in the kernel
 ):
     "A step of SGD with a learning rate for each tensor"
-    lr = float(lrs[0]) if fused and flat and len(params) == 1 and (grad_avg is None or mom > 0.) else 0.
-    # as L2 regularization: not of infinite parameters, nor where little is left and most of it would cancel
+    lr = float(lrs[0]) if fused and dense_cpu and len(params) == 1 and (grad_avg is None or mom > 0.) else 0.
+    # Decay as L2 regularization makes NaN of infinite parameters, and cancels most digits where little is kept
     shrinks = grad_avg is None and lr != 0. and keep > 0.5 and keep < 1.
     if shrinks and p_norm is not None and float(p_norm[0]) < math.inf:
         fused_sgd(params, grads, None, lr, 0., wd=(1-keep)/lr)
@@ -305,7 +305,7 @@ def descend(
         if grad_avg is not None and lr != 0.: fused_sgd(params, grads, grad_avg, lr, mom)
         else:
             if grad_avg is not None: average_grad(grad_avg, grads, mom)
-            sub_scaled_(params, grads if grad_avg is None else grad_avg, lrs, slow_numbers)
+            sub_scaled_(params, grads if grad_avg is None else grad_avg, lrs, spread_scalars)
 
 # %% ../nbs/01_fragments.ipynb #3ce26c0b
 def adam_direction(
@@ -318,7 +318,7 @@ def adam_direction(
     eps:float, # Added to the root of the second moment
     fused:bool # Can the fused kernels take these tensors?
 ) -> List[Tensor]:
-    "Adam's update at a learning rate of 1, not yet taken"
+    "Adam's update at a learning rate of 1, without applying it"
     update = [torch.empty_like(m) for m in grad_avg]
     torch._foreach_zero_(update)
     if fused and can_fuse(mom, sqr_mom, grads[0]):
@@ -337,6 +337,6 @@ def lookahead(
     alpha:float # Part of the way to go
 ):
     "Lookahead's interpolation"
-    # not lerp, which rounds in another way than fastai and makes NaN of an infinity
+    # not lerp, which rounds differently from fastai and makes NaN of an infinity
     torch._foreach_add_(slow_weights, torch._foreach_sub(params, slow_weights), alpha=alpha)
     torch._foreach_copy_(params, slow_weights)

@@ -12,9 +12,9 @@ from typing import List
 
 from torch import Tensor
 
-from .fragments import adam_direction,can_debias,descend,norms,weight_decay
+from .fragments import adam_direction,can_debias,sgd_per_tensor_lr,norms,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/16_lamb.ipynb #e112f55b
 @jit_step(check=can_debias, lazy=True)
@@ -32,8 +32,8 @@ def lamb_jit_step(
     do_wd:bool=True, # Do these parameters take weight decay?
     decouple_wd:bool=True, # True weight decay? Otherwise L2 regularization
     fused:bool=True, # Use ATen's fused kernel?
-    flat:bool=False, # Are these dense tensors in a CPU's memory?
-    slow_numbers:bool=False # Does a list of single numbers take a launch for each?
+    dense_cpu:bool=False, # Are these dense tensors in a CPU's memory?
+    spread_scalars:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of LAMB"
     decay = wd if do_wd else 0.
@@ -41,11 +41,11 @@ def lamb_jit_step(
     if not decouple_wd: grads = weight_decay(params, grads, lr, decay, False)
     update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=fused)
 
-    r1,r2 = norms(params, flat).mul_(abs(keep)),norms(update, flat)  # of parameters after decay
+    r1,r2 = norms(params, dense_cpu).mul_(abs(keep)),norms(update, dense_cpu)  # of parameters after decay
     q = r1.div(r2).clamp_(max=10.)
     q.masked_fill_((r1 == 0.).logical_or_(r2 == 0.), 1.)
-    descend(params, update, None, mom=0., lrs=q.mul_(lr), fused=fused, flat=flat, slow_numbers=slow_numbers, keep=keep,
-            p_norm=r1)
+    sgd_per_tensor_lr(params, update, None, mom=0., lrs=q.mul_(lr), fused=fused, dense_cpu=dense_cpu,
+                      spread_scalars=spread_scalars, keep=keep, p_norm=r1)
 
 # %% ../nbs/16_lamb.ipynb #ebbe425d
 def lamb_jit(

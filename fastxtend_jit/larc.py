@@ -12,9 +12,9 @@ from typing import List,Optional
 
 from torch import Tensor
 
-from .fragments import descend,norms,weight_decay
+from .fragments import sgd_per_tensor_lr,norms,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/15_larc.ipynb #72756d8c
 @jit_step(lazy=True)
@@ -32,19 +32,20 @@ def larc_jit_step(
     do_wd:bool=True, # Do these parameters take weight decay?
     decouple_wd:bool=True, # True weight decay? Otherwise L2 regularization
     fused:bool=True, # Use ATen's fused kernel?
-    flat:bool=False, # Are these dense tensors in a CPU's memory?
-    slow_numbers:bool=False # Does a list of single numbers take a launch for each?
+    dense_cpu:bool=False, # Are these dense tensors in a CPU's memory?
+    spread_scalars:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of LARC, or of LARS if not `clip`"
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
 
     # as in fastai, `wd` counts here also where `do_wd` is off
-    p_norm,g_norm = norms(params, flat),norms(grads, flat)
+    p_norm,g_norm = norms(params, dense_cpu),norms(grads, dense_cpu)
     trust = p_norm.mul(lr*trust_coeff).div_(p_norm.mul(wd).add_(g_norm).add_(eps))
     if clip: trust.masked_fill_(trust.lt(lr).logical_not_(), lr)  # also where it is NaN
     local_lr.copy_(trust)
 
-    descend(params, grads, grad_avg, mom=mom, lrs=local_lr, fused=fused, flat=flat, slow_numbers=slow_numbers)
+    sgd_per_tensor_lr(params, grads, grad_avg, mom=mom, lrs=local_lr, fused=fused, dense_cpu=dense_cpu,
+                      spread_scalars=spread_scalars)
 
 # %% ../nbs/15_larc.ipynb #a4e6b302
 def larc_jit(

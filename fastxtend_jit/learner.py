@@ -19,8 +19,9 @@ from torch import nn
 from fastai.learner import Learner
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,Lookahead,Optimizer,ranger
 
-from .optimizer import JitLookahead,JitOptimizer
-from .script import JitStep
+from .lookahead import JitLookahead
+from .optimizer import JitOptimizer
+from .step import JitStep
 from .sgd import sgd_jit
 from .rmsprop import rmsprop_jit
 from .adam import adam_jit
@@ -42,7 +43,7 @@ structural_args = dict(decouple_wd=(True,False), mom=(0.,0.9), clip=(True,False)
 def _made_of(opt):
     "What an optimizer does at a step, in a form that can be compared"
     if isinstance(opt, JitOptimizer):
-        consts = [getattr(opt, n) for n in opt.opt_step.consts if n not in opt._given]
+        consts = [getattr(opt, n) for n in opt.opt_step.consts if n not in opt._engine_args]
         around = hasattr(opt, 'slow_weights') and 'slow_weights' not in opt.state_names
         return type(opt),*[JitOptimizer]*around,opt.opt_step,*opt.state_names,*consts
     if hasattr(opt, 'slow_weights'): return type(opt),*_made_of(opt.opt)  # fastai's Lookahead

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fragments import weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/18_lion.ipynb #e2946970
 @jit_step(elementwise=True, lazy=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fragments import average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/14_qhadam.ipynb #c8e698ce
 @jit_step(elementwise=True, check=can_debias, lazy=True)
@@ -76,5 +76,5 @@ def qhadam_jit(
     decouple_wd:bool=True, # Apply true weight decay (QHAdamW) or L2 regularization (QHAdam)
 ) -> JitOptimizer:
     "A compiled `QHAdam`/`QHAdamW`"
-    return JitOptimizer(params, qhadam_jit_step, decouple_wd, lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom,
-                        eps=eps, wd=wd)
+    return JitOptimizer(params, qhadam_jit_step, decouple_wd, lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom,
+                        sqr_mom=sqr_mom, eps=eps, wd=wd)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .fragments import can_rectify,radam
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/13_radam.ipynb #47a80a83
 @jit_step(elementwise=True, check=can_rectify, lazy=True)
@@ -50,4 +50,5 @@ def radam_jit(
     decouple_wd:bool=True # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
 ) -> JitOptimizer:
     "A compiled `RAdam`/`RAdamW`"
-    return JitOptimizer(params, radam_jit_step, decouple_wd, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    return JitOptimizer(params, radam_jit_step, decouple_wd, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd,
+                        beta=beta)

@@ -13,8 +13,8 @@ from typing import List
 from torch import Tensor
 
 from .fragments import can_rectify,lookahead as _lookahead,radam
-from .optimizer import JitLookahead
-from .script import jit_step
+from .lookahead import JitLookahead
+from .step import jit_step
 
 # %% ../nbs/17_ranger.ipynb #9516dc53
 @jit_step(elementwise=True, check=can_rectify, lazy=True)

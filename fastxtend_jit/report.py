@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 
 from . import __version__
-from .check import WholeTable
+from .parity import WholeTable
 
 # %% ../nbs/30_report.ipynb #8d5f8b2e
 PLAIN    = 'ours, plain Python'  # the contestant that is our step uncompiled, and nobody's peer

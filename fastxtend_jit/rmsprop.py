@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .fragments import adam_update,average_grad,average_sqr_grad,can_fuse,fused_adam,scale_,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/11_rmsprop.ipynb #fcfc0c5d
 @jit_step(elementwise=True, lazy=True)

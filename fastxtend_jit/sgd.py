@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fragments import average_grad,fused_sgd,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/10_sgd.ipynb #d293ac5a
 @jit_step(elementwise=True, lazy=True)

@@ -13,9 +13,9 @@ from typing import List
 import torch
 from torch import Tensor
 
-from .fragments import adam_direction,can_debias,can_fuse,debias,descend,fused_adam,norms,weight_decay
+from .fragments import adam_direction,can_debias,can_fuse,debias,sgd_per_tensor_lr,fused_adam,norms,weight_decay
 from .optimizer import JitOptimizer
-from .script import jit_step
+from .step import jit_step
 
 # %% ../nbs/18_stableadam.ipynb #3d5f0b1e
 def _surprise(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float, eps:float):
@@ -26,9 +26,9 @@ def _surprise(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float,
     torch._foreach_clamp_min_(expected, eps)
     return torch._foreach_div(grads, expected)
 
-def _rms(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float, eps:float, flat:bool):
+def _rms(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float, eps:float, dense_cpu:bool):
     "Root mean square of the surprise of each tensor; of a dense one by itself, in pieces that two cores' caches hold"
-    if not flat or len(grads) > 1: return norms(_surprise(grads, sqr_avg, keep, share, eps), flat, mean=True)
+    if not dense_cpu or len(grads) > 1: return norms(_surprise(grads, sqr_avg, keep, share, eps), dense_cpu, mean=True)
     n = grads[0].numel()
     gs,vs = [x.as_strided([n], [1]).split(262144) for x in (grads[0],sqr_avg[0])]
     parts = [norms(_surprise([gs[i]], [vs[i]], keep, share, eps), True) for i in range(len(gs))]
@@ -55,27 +55,28 @@ def stableadam_jit_step(
     do_wd:bool=True, # Do these parameters take weight decay?
     decouple_wd:bool=True, # True weight decay? Otherwise L2 regularization
     fused:bool=True, # Use ATen's fused kernel?
-    flat:bool=False, # Are these dense tensors in a CPU's memory?
-    slow_numbers:bool=False # Does a list of single numbers take a launch for each?
+    dense_cpu:bool=False, # Are these dense tensors in a CPU's memory?
+    spread_scalars:bool=False # Does a list of single numbers take a launch for each?
 ):
     "A step of StableAdamW"
     decay = wd if do_wd and decouple_wd else 0.
     if do_wd and not decouple_wd: grads = weight_decay(params, grads, lr, wd, False)
     debias2 = debias(sqr_mom, step)
     if fused and can_fuse(mom, sqr_mom, params[0]):
-        rms = _rms(grads, sqr_avg, sqr_mom/debias2, (1-sqr_mom)/debias2, eps, flat)
+        rms = _rms(grads, sqr_avg, sqr_mom/debias2, (1-sqr_mom)/debias2, eps, dense_cpu)
         lrs = _smaller(lr, rms)
-        if flat and len(params) == 1:
+        if dense_cpu and len(params) == 1:
             fused_adam(params, grads, grad_avg, sqr_avg, step, lr=float(lrs[0]), mom=mom, sqr_mom=sqr_mom, eps=eps,
                        wd=decay, decouple_wd=True)
             return
         update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=True)
     else:
         update = adam_direction(grads, grad_avg, sqr_avg, step, mom=mom, sqr_mom=sqr_mom, eps=eps, fused=False)
-        lrs = _smaller(lr, _rms(grads, sqr_avg, 1/debias2, 0., eps, flat))
+        lrs = _smaller(lr, _rms(grads, sqr_avg, 1/debias2, 0., eps, dense_cpu))
     if decay*lr > 0.5: torch._foreach_mul_(params, lrs.mul(-decay).add_(1.).to(params[0].dtype).unbind())
     elif decay != 0.: torch._foreach_add_(update, params, alpha=decay)  # else most of it would cancel
-    descend(params, update, None, mom=0., lrs=lrs, fused=fused, flat=flat, slow_numbers=slow_numbers)
+    sgd_per_tensor_lr(params, update, None, mom=0., lrs=lrs, fused=fused, dense_cpu=dense_cpu,
+                      spread_scalars=spread_scalars)
 
 # %% ../nbs/18_stableadam.ipynb #9856a76e
 def stableadam_jit(

@@ -114,7 +114,7 @@ def _sgd(name, new, params, grads, momentum_buffer_list, *, nesterov, maximize, 
 class CudaKernels(TorchDispatchMode):
     """Compute ATen's fused steps of Adam, AdamW and SGD as a GPU would, counted in `calls`. All else passes through
 
-    No `fastxtend_jit.trace.Calls`, which watches all calls as they are: this one counts what it replaces"""
+    No `fastxtend_jit.calls.Calls`, which watches all calls as they are: this one counts what it replaces"""
     kernels = {'aten::_fused_adam_':_adam, 'aten::_fused_adamw_':_adam, 'aten::_fused_sgd_':_sgd}
 
     def __init__(self,

@@ -6,14 +6,14 @@ from contextlib import contextmanager,nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
-from fastxtend_jit import all as steps,bucket,fragments,learner,optimizer,plan,proof,script,snapshot
-from fastxtend_jit.script import JitStep
+from fastxtend_jit import all as steps,fragments,learner,lookahead,optimizer,plan,step as step_room,trial
+from fastxtend_jit.step import JitStep
 
 # --- Plans and buckets
 
 def engine_files():
     "Source files of what plans and takes a step"
-    return {m.__file__ for m in (optimizer,plan,bucket,snapshot)}
+    return {m.__file__ for m in (optimizer,lookahead,plan)}
 
 def plan_of(opt):
     "What the next step goes by, if nothing has changed; `None` if it has to be made"
@@ -25,7 +25,9 @@ def drop_plan(opt):
 
 def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"
-    return plan.Plan(opt, params, grads)
+    res = plan.Plan(opt.opt_step, opt.state_names, opt._inputs()._replace(params=params, grads=grads))
+    for b in res.buckets: b.form(opt._scalars(b.key), opt._flags)
+    return res
 
 def prove(opt):
     "Try what the next step would do, without taking it"
@@ -36,84 +38,89 @@ def buckets_of(opt):
     "Parameters that took a step together"
     return plan_of(opt).buckets
 
-def why_not_fused(bucket):
-    "Why it goes without the fused form of the step; empty if it takes it"
-    return bucket.fault
+def why_not_fused(opt):
+    "For each bucket, why it goes without the fused form of the step; empty if it takes it"
+    return [form.why for _,form,_ in opt._prepare()[2]]
 
 def steps_taken(bucket):
     "How many steps its parameters have taken"
-    return bucket.taken
+    return bucket.steps_taken
 
 # --- How much at a time
 
 def use_batches_of(monkeypatch, n):
     "No batch has more than `n` elements"
-    for m in (bucket,plan): monkeypatch.setattr(m, 'batch_size', n)
+    monkeypatch.setattr(plan, 'batch_size', n)
 
 def threads_can_change():
     "Does the engine set the number of threads for small tensors?"
-    return bucket.openmp()
+    return plan.openmp()
 
 def replace_cut(monkeypatch, make):
     "`make(cut)` in place of what cuts tensors into batches while a plan is made"
-    monkeypatch.setattr(bucket, 'cut', make(bucket.cut))
+    monkeypatch.setattr(plan, 'cut', make(plan.cut))
 
 # --- What is tried before it is used
 
 def forget_trials(monkeypatch):
     "As in a new process: nothing has been tried"
-    monkeypatch.setattr(proof, '_faults', {})
-    monkeypatch.setattr(proof, '_proved', set())
-    monkeypatch.setattr(proof, '_passes', {})
+    monkeypatch.setattr(trial, '_tried', {})
 
 def keep_faults_in(monkeypatch, faults):
     "A dict that outlasts a test, for what was found out about fused kernels"
-    monkeypatch.setattr(proof, '_faults', faults)
+    monkeypatch.setattr(trial, '_tried', faults)
 
 def faults_found():
     "What was found out about fused kernels: why they are not used, or an empty string, for each kind of step"
-    return [*proof._faults.values()]
+    return [why for (what,*_),why in trial._tried.items() if what == 'fused']
 
 def number_proved():
     "For how many kinds of steps the compiled form is known to be right"
-    return len(proof._proved)
+    return sum(what == 'compiled' for what,*_ in trial._tried)
 
 def let_modes_in(monkeypatch):
     "Modes around a step hold in trials too, so that emulated kernels are tried"
-    monkeypatch.setattr(proof, 'no_modes', nullcontext)
+    monkeypatch.setattr(trial, 'no_modes', nullcontext)
 
 def set_fused_fault(monkeypatch, why):
     "All fused kernels are found to have the fault `why`, or none if it is empty"
-    monkeypatch.setattr(plan, 'fused_fault', lambda *_: why)
+    monkeypatch.setattr(trial, 'why_not_fused', lambda *_: why)
+
+def watch_scalars(monkeypatch):
+    "Two lists that get the scalars of each trial of a fused form, and of each run of a bucket, which runs nothing"
+    tried,ran = [],[]
+    monkeypatch.setattr(trial, 'why_not_fused', lambda *args: tried.append(args[4]) or '')
+    monkeypatch.setattr(plan.Bucket, 'run', lambda self, form, grads, scalars: ran.append(scalars))
+    return tried,ran
 
 def watch_trials(monkeypatch):
     "A list that gets an item for each step that is taken to try one"
-    taken,run = [],proof._Trial.run
-    monkeypatch.setattr(proof._Trial, 'run', lambda *args: taken.append(args) or run(*args))
+    taken,run = [],trial._Trial.run
+    monkeypatch.setattr(trial._Trial, 'run', lambda *args: taken.append(args) or run(*args))
     return taken
 
 # --- The step as it runs
 
 def set_compile_after(n, monkeypatch=None):
     "Lazy steps are compiled after `n` uses"
-    if monkeypatch: monkeypatch.setattr(script, 'compile_after', n)
-    else: script.compile_after = n
+    if monkeypatch: monkeypatch.setattr(step_room, 'compile_after', n)
+    else: step_room.compile_after = n
 
 def refuse_to_compile(monkeypatch, step):
     "TorchScript refuses the function of `step`"
-    compiles = script._script
+    compiles = step_room._script
     def refuse(obj):
         if obj is step.fn: raise RuntimeError('not this one')
         return compiles(obj)
-    monkeypatch.setattr(script, '_script', refuse)
+    monkeypatch.setattr(step_room, '_script', refuse)
 
 def has_compiled(step):
     "Has TorchScript compiled it, so far?"
-    return isinstance(vars(step).get('compiled'), script.ScriptFunction)
+    return isinstance(vars(step).get('compiled'), step_room.ScriptFunction)
 
 def runs_compiled(opt):
     "Does the next step of `opt` run compiled, if nothing has changed?"
-    return plan_of(opt).compiled
+    return all([*b._forms][-1][0] for b in buckets_of(opt))
 
 def run_instead(monkeypatch, step, fn):
     "`fn` runs where the compiled `step` would"
@@ -125,25 +132,25 @@ def run_uncompiled(monkeypatch, step):
 
 def forget_compiled():
     "Steps over batches are compiled anew"
-    script._over.cache_clear()
+    step_room._batched.cache_clear()
 
 def without_torchscript(monkeypatch):
     "TorchScript cannot compile, and nobody was told so far"
-    monkeypatch.setattr(script, 'torchscript_ok', lambda: False)
-    monkeypatch.setattr(script, '_warned', [])
+    monkeypatch.setattr(step_room, 'torchscript_ok', lambda: False)
+    monkeypatch.setattr(step_room, '_warned', [])
 
 def replace_kernels(monkeypatch, opt, make):
     "`make(run)` in place of each call over batches that is made of the step of `opt`"
-    over = type(opt.opt_step).over
-    monkeypatch.setattr(type(opt.opt_step), 'over', lambda self, *args: make(over(self, *args)))
+    batched = type(opt.opt_step).batched
+    monkeypatch.setattr(type(opt.opt_step), 'batched', lambda self, *args: make(batched(self, *args)))
 
 def replace_run(monkeypatch, opt, fn):
     "`fn` in place of what runs the kernels of a bucket"
-    monkeypatch.setattr(type(opt), '_run', lambda *_: fn())
+    monkeypatch.setattr(plan.Bucket, 'run', lambda *_: fn())
 
 def replace_lookahead(monkeypatch, fn):
     "`fn` in place of Lookahead's interpolation"
-    monkeypatch.setattr(optimizer, '_look_ahead', lambda *_: fn())
+    monkeypatch.setattr(lookahead, '_look_ahead', lambda *_: fn())
 
 # --- CUDA without a GPU
 
@@ -152,10 +159,14 @@ def as_on_cuda(monkeypatch):
 
     What is compiled cannot be patched, so the plain functions run"""
     key,beta = plan.Key,fragments.kernel_beta
-    monkeypatch.setattr(plan, 'Key', lambda **kw: key(**{**kw, 'flat':False, 'small':False}))
+    monkeypatch.setattr(plan, 'Key', lambda **kw: key(**{**kw, 'cuttable':False, 'single_thread':False}))
     monkeypatch.setattr(fragments, 'kernel_beta', lambda b,x: beta(b, SimpleNamespace(is_cpu=False, dtype=x.dtype)))
     for step in vars(steps).values():
         if isinstance(step, JitStep): monkeypatch.setitem(vars(step), 'compiled', step.fn)
+
+def set_generation(monkeypatch, gen):
+    "Scalars are those of PyTorch 2.4 to 2.10 ('old') or from 2.11 on ('new')"
+    monkeypatch.setattr(optimizer, 'SPREAD_SCALARS', gen == 'old')
 
 @contextmanager
 def pytorch(
@@ -163,8 +174,8 @@ def pytorch(
     fused=True # Do fused kernels hold?
 ):
     "Steps as they are on CUDA with another PyTorch"
-    with (mock.patch.object(plan, 'fused_fault', lambda *_: '' if fused else 'none'),
-          mock.patch.object(optimizer, 'slow_numbers', gen == 'old')): yield
+    with (mock.patch.object(trial, 'why_not_fused', lambda *_: '' if fused else 'none'),
+          mock.patch.object(optimizer, 'SPREAD_SCALARS', gen == 'old')): yield
 
 # --- Conversion
 

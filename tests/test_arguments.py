@@ -60,5 +60,5 @@ def test_default_of_decouple_wd():
     assert JitOptimizer(parameters((2,)), decays, lr=0.1).decouple_wd is True
     assert JitOptimizer(parameters((2,)), decays, False, lr=0.1).decouple_wd is False
     assert JitOptimizer(parameters((2,)), plain, lr=0.1).decouple_wd is False
-    # as fastai takes it, by its truth value
-    assert adam_jit(parameters((2,)), 0.1, decouple_wd=None).decouple_wd is False
+    # fastai would take it for `False`
+    assert adam_jit(parameters((2,)), 0.1, decouple_wd=None).decouple_wd is True

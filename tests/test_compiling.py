@@ -9,7 +9,7 @@ from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit import selfcheck
-from fastxtend_jit.script import JitStep,torchscript_ok
+from fastxtend_jit.step import JitStep,torchscript_ok
 from tests.cases import *
 from tests.engine import (forget_trials,has_compiled,plan_of,refuse_to_compile,runs_compiled,set_compile_after,
                           watch_trials)

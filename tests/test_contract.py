@@ -15,7 +15,7 @@ from fastai.basics import Callback,Learner,load_learner,set_seed,tensor
 from fastai.callback.all import (CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,ModelToHalf,
                                  NonNativeMixedPrecision,ReduceLROnPlateau,SaveModelCallback)
 from fastai.vision.gan import set_freeze_model
-from fastxtend_jit.trace import Calls
+from fastxtend_jit.calls import Calls
 
 pytestmark = [pytest.mark.filterwarnings(f) for f in (
     'error:Could not load the optimizer state',      # what fastai makes of a failed load

@@ -8,7 +8,7 @@ from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit.bench import rows
-from fastxtend_jit.trace import Launches
+from fastxtend_jit.launches import Launches
 from tests import engine
 from tests.cases import *
 from tests.engine import pytorch

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor,nn
 
-from fastxtend_jit.script import jit_step
-from fastxtend_jit.trace import Calls
+from fastxtend_jit.step import jit_step
+from fastxtend_jit.calls import Calls
 from tests import engine
 from tests.cases import *
 from tests.support import cases,new_grads,parameters,params_of,regroup,same,snapshot

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor,nn
 
-from fastxtend_jit.trace import Calls
+from fastxtend_jit.calls import Calls
 from tests import engine
 from tests.cases import *
 from tests.support import parameters,refused,regroup,same,snapshot,twins

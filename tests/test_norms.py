@@ -18,9 +18,9 @@ def test_norms(kind, n):
     x = KINDS[kind](n)
     truth = x.double().norm()
     off = lambda y: (abs(y.double()-truth)/truth).item()
-    theirs,ours = off(x.pow(2).mean().sqrt().double()*n**0.5),off(norms([x], flat=True)[0])
+    theirs,ours = off(x.pow(2).mean().sqrt().double()*n**0.5),off(norms([x], dense_cpu=True)[0])
     assert ours <= 3*theirs + 2**-23  # and how exactly float32 can tell at all
-    assert off(norms([x], flat=False)[0]) <= 3*theirs + 2**-23
+    assert off(norms([x], dense_cpu=False)[0]) <= 3*theirs + 2**-23
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
 def test_norms_in_half_precision(dtype):
@@ -48,7 +48,7 @@ def test_norms_that_float16_cannot_square(f, native, value, gaps):
 def test_norms_below_the_denormals():
     for n in (300,5000,5120):
         x = torch.full([n], 1e-23)
-        assert norms([x], flat=True)[0] == x.pow(2).sum().sqrt() == 0
+        assert norms([x], dense_cpu=True)[0] == x.pow(2).sum().sqrt() == 0
 
 @pytest.mark.parametrize('case', [c for c in EIGHT if c.jit in (larc_jit,lamb_jit)], ids=str)
 @kinds

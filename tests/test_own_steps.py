@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor,nn
 
-from fastxtend_jit.script import jit_step
+from fastxtend_jit.step import jit_step
 from tests import engine
 from tests.cases import *
 from tests.support import new_grads,parameters,refused,same,same_grads,slow_but,snapshot

@@ -185,6 +185,7 @@ def test_wheel(copy):
     run('-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', 'dist', '.')
     with zipfile.ZipFile(*(copy/'dist').glob('*.whl')) as z:
         names = z.namelist()
+        assert 'fastxtend_jit/py.typed' in names
         z.extractall(copy/'site')
     modules = {f'fastxtend_jit/{p.name}' for p in (root/'fastxtend_jit').glob('*.py')}
     assert modules == {n for n in names if n.endswith('.py')}

@@ -10,9 +10,9 @@ from typing import List
 import torch
 from torch import nn
 
-from fastxtend_jit import __main__ as command,bench,check,report,selfcheck,trace
+from fastxtend_jit import __main__ as command,bench,launches as estimate,parity as beside,report,selfcheck
 from fastxtend_jit.all import *
-from fastxtend_jit.optimizer import slow_numbers
+from fastxtend_jit.optimizer import SPREAD_SCALARS
 from tests import engine
 from tests.cases import OTHERS,PAIRS,VARIANTS
 from tests.gpu.report import PROMISED,read
@@ -87,7 +87,7 @@ def checked(found):
         found.failed |= not res.ok.all()
 
 def _beside_fastai(found, native, jit, form):
-    res = check.compare_forms(native, jit, {'wd':0.01, **form}, device=found.device).iloc[0]
+    res = beside.compare_forms(native, jit, {'wd':0.01, **form}, device=found.device).iloc[0]
     found.put('parity', optimizer=jit.__name__, form=', '.join(f'{k}={v}' for k,v in form.items()), **res)
     found.failed |= not all(res[d] <= tol for d,tol in PROMISED.items())
 
@@ -122,7 +122,7 @@ def profiled(found, f):
                 calls=dict(Counter(e['name'] for e in of('cuda_runtime','cuda_driver', inside=True))))
 
 def _estimate(found, opt, k, **kw):
-    with trace.Launches('old' if slow_numbers else 'new', device=found.device.type, **kw) as l:
+    with estimate.Launches('old' if SPREAD_SCALARS else 'new', device=found.device.type, **kw) as l:
         for _ in range(k): opt.step()
     return l.total/k
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from fastxtend_jit.report import Report,markdown,medians
+from fastxtend_jit.trial import TOLERANCES
 
-PROMISED = dict(float32=3e-5, float64=1e-11)
+PROMISED = {str(dtype)[6:]: tol for dtype,tol in TOLERANCES.items()}
 
 def read(path):
     "Lines of found.jsonl, but for those that were cut short"

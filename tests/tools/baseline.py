@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 
 from fastxtend_jit.bench import _fill,models,rows
-from fastxtend_jit.trace import clock
+from fastxtend_jit.calls import clock
 
 KEPT = dict.fromkeys(('MALLOC_TRIM_THRESHOLD_','MALLOC_MMAP_THRESHOLD_'), str(1<<30))
 CELLS = [('xresnet18','adam'), ('xresnet50','adam'), ('xresnet50','lamb')]

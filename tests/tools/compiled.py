@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from fastxtend_jit.bench import _fill,_plain,bare_step,interleave,models,rows
-from fastxtend_jit.trace import clock
+from fastxtend_jit.calls import clock
 
 @torch.no_grad()
 def measure(model, optimizer, seconds=3.):
@@ -22,7 +22,7 @@ def measure(model, optimizer, seconds=3.):
     for _ in range(10): opt.step()
     plain = copy(opt)
     plain.opt_step = _plain(opt.opt_step)
-    compiled = torch.compile(bare_step(plain, fused=False, flat=False))
+    compiled = torch.compile(bare_step(plain, fused=False, dense_cpu=False))
     start = now()
     compiled()
     first = now()-start

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from fastxtend_jit.all import *
 from fastxtend_jit.cold import digits
-from fastxtend_jit.trace import clock
+from fastxtend_jit.calls import clock
 
 def table(bs):
     "1797 rows of 64 pixels, each a category from 0 to 16; every fifth for validation. An embedding for each pixel"

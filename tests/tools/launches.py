@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode,unset_fake_temporarily
 from fastai.vision.models.xresnet import xresnet50
 
 from fastxtend_jit.bench import rows
-from fastxtend_jit.trace import Launches
+from fastxtend_jit.launches import Launches
 from tests.engine import pytorch
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models import vit_b_16
 
-from fastxtend_jit.trace import peak_memory
+from fastxtend_jit.calls import peak_memory
 from tests.cases import *
 
 LIMIT,PEAKS = 32,['first step','next steps']  # MiB

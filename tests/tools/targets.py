@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 
-from fastxtend_jit.check import WholeTable
+from fastxtend_jit.parity import WholeTable
 from fastxtend_jit.report import Report
 
 LARGE    = ['xresnet18','xresnet50','vit_b_16']

@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from fastxtend_jit.learner import jit_opt
-from fastxtend_jit.script import JitStep
+from fastxtend_jit.step import JitStep
 from tests import engine
 from tests.cases import *
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from fastxtend_jit.trace import *
+from fastxtend_jit.calls import *
+from fastxtend_jit.launches import Launches
 
 X = torch.ones(2, 3)
 

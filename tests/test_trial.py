@@ -10,7 +10,7 @@ from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit.fragments import average_grad,scale_
-from fastxtend_jit.script import jit_step
+from fastxtend_jit.step import jit_step
 from tests import engine
 from tests.cases import *
 from tests.cuda_kernels import CudaKernels
@@ -21,7 +21,7 @@ DTYPES = [torch.float32,torch.float64,torch.bfloat16,torch.float16]
 @pytest.fixture(autouse=True)
 def unproved(monkeypatch): engine.forget_trials(monkeypatch)
 
-def faults(opt): return [engine.why_not_fused(b) for b in engine.buckets_of(opt)]
+def faults(opt): return engine.why_not_fused(opt)
 
 def stepped(make, dtype=torch.float32, device='cpu'):
     "An optimizer after a step, and the warnings that it gave"
@@ -161,6 +161,18 @@ def test_leaves_no_trace(monkeypatch):
         assert engine.faults_found() == [''] and engine.number_proved() == 1
     JitOptimizer([nn.Parameter(torch.ones(3))], picky, lr=0.1)
 
+@pytest.mark.parametrize('generation', ['old','new'])
+@pytest.mark.parametrize('make', [larc_jit,lamb_jit,stableadam_jit])
+def test_tried_as_it_runs(make, generation, monkeypatch):
+    "A trial on the device gets the scalars that the step will get: before PyTorch 2.11, these differ on CUDA"
+    tried,ran = engine.watch_scalars(monkeypatch)
+    engine.set_generation(monkeypatch, generation)
+    with FakeTensorMode():
+        p = nn.Parameter(torch.empty(3, device='cuda'))
+        p.grad = torch.empty_like(p)
+        make([p], 0.1).step()
+    assert [{**s, 'fused':True} for s in tried] == ran and ran[0]['spread_scalars'] == (generation == 'old')
+
 def test_fake_tensors():
     "What is not there cannot be tried: no warning, and no fused kernel"
     with FakeTensorMode():
@@ -191,8 +203,8 @@ def looks_wrongly(params:List[Tensor], grads:List[Tensor], slow_weights:List[Ten
     if lookahead:
         torch._foreach_lerp_(slow_weights, params, alpha*1.5 if fused else alpha)
         torch._foreach_copy_(params, slow_weights)
-def in_one_combination(params:List[Tensor], grads:List[Tensor], lr:float, do_wd:bool, fused:bool, flat:bool):
-    if do_wd and flat and not fused: torch._foreach_add_([p for p in params], grads, alpha=-lr)
+def in_one_combination(params:List[Tensor], grads:List[Tensor], lr:float, do_wd:bool, fused:bool, dense_cpu:bool):
+    if do_wd and dense_cpu and not fused: torch._foreach_add_([p for p in params], grads, alpha=-lr)
     else: torch._foreach_add_(params, grads, alpha=-lr)
 def only_matrices(params:List[Tensor], grads:List[Tensor], lr:float):
     if params[0].dim() != 2: raise ValueError('matrices')
