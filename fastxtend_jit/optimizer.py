@@ -10,6 +10,7 @@ __all__ = ['SPREAD_SCALARS', 'JitOptimizer', 'copy_for']
 # %% ../nbs/07_optimizer.ipynb #eb792d6a
 import inspect,warnings
 from collections import defaultdict
+from functools import wraps
 from itertools import chain
 from typing import Callable
 
@@ -20,7 +21,7 @@ from fastcore.foundation import L
 
 from .plan import Inputs,Key,Plan
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
-from .trial import check_compiled
+from .trial import check_compiled,check_written
 from .validate import as_scalar,check_state_dict
 
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
@@ -68,7 +69,8 @@ class JitOptimizer(Optimizer):
         self._set_consts({'decouple_wd':False, **step.defaults, **consts}, decouple_wd)
         try: scalars = self._scalars(Key(), **{n: getattr(self, n, False) for n in {*self._engine_args}-{*ENGINE_ARGS}})
         except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
-        if not step.lazy: check_compiled(step, self.state_names, scalars, self._flags)
+        if step.lazy: return
+        for check in (check_compiled,check_written): check(step, self.state_names, scalars, self._flags)
 
     def _set_hyper(self, k, v):
         step = self.opt_step
@@ -162,7 +164,19 @@ def _prepare(self:JitOptimizer):
         for *_,scalars in calls: step.check(**scalars)
     return x,plan,calls
 
+def _not_traced(f):
+    "`f` as it is, wherever `torch.compile` meets it: `torch.compiler.disable` would import torch._dynamo"
+    set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+    @wraps(f)
+    def as_it_is(*args, **kwargs):
+        callback = set_eval_frame(None)
+        try: return f(*args, **kwargs)
+        finally: set_eval_frame(callback)
+    as_it_is._torchdynamo_disable = True  # a caller that is compiled breaks its graph here
+    return as_it_is
+
 @patch
+@_not_traced
 @torch.no_grad()
 def step(self:JitOptimizer,
     closure=None # For PyTorch's signature; fastai does not support one

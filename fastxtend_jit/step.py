@@ -65,9 +65,15 @@ _FASTAI_STATE = 'do_wd','force_train'     # and keeps these in a parameter's sta
 _types = {str(t).replace('typing.', '').replace('torch.', ''): t for t in (List[Tensor],Optional[List[Tensor]])}
 _types |= {t.__name__:t for t in (Tensor,int,float,bool)}
 
+def _as_typing(to):
+    "`List[Tensor]` for Python's own `list[Tensor]`, also as optional; others as they are"
+    return {list[Tensor]:List[Tensor], Optional[list[Tensor]]:Optional[List[Tensor]]}.get(to, to)
+
 def _signature(fn):
     "Signature of `fn`, or one made from the schema of a bare `ScriptFunction`"
-    if not isinstance(fn, ScriptFunction): return inspect.signature(fn, eval_str=True)
+    if not isinstance(fn, ScriptFunction):
+        sig = inspect.signature(fn, eval_str=True)
+        return sig.replace(parameters=[p.replace(annotation=_as_typing(p.annotation)) for p in sig.parameters.values()])
     def param(a):
         default = inspect.Parameter.empty if a.default_value is None else a.default_value
         to = _types.get(str(a.type), str(a.type))
@@ -130,7 +136,11 @@ def jit_step(
 ) -> JitStep:
     "Compile a step function, as a decorator with or without arguments; `TypeError` if its signature is no step's"
     if fn is None: return lambda f: jit_step(f, elementwise, check, lazy)
-    return fn if isinstance(fn, JitStep) else JitStep(fn, elementwise, check, lazy)
+    if isinstance(fn, JitStep): return fn
+    # one step for a function, kept by it: each optimizer that is made of it would compile it anew
+    steps,key = getattr(fn, '__dict__', {}).setdefault('_jit_steps', {}),(elementwise,check,lazy)
+    if key not in steps: steps[key] = JitStep(fn, elementwise, check, lazy)
+    return steps[key]
 
 # %% ../nbs/00_step.ipynb #22375253
 @patch

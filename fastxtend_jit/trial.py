@@ -6,7 +6,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/trial.html.md"""
 
 # %% auto #0
 __all__ = ['SHAPES', 'SQUARE_SHAPES', 'NONZERO_SHAPES', 'TOLERANCES', 'same_random', 'formula_key', 'check_compiled',
-           'why_not_fused', 'count_passes', 'Verdict', 'verdict']
+           'check_written', 'why_not_fused', 'count_passes', 'Verdict', 'verdict']
 
 # %% ../nbs/05_trial.ipynb #51e761c5
 import math,warnings
@@ -206,6 +206,34 @@ def _refuse(step, name):
                        "a slice, a comprehension) if nothing reads that list afterwards: change lists that come "
                        "in as arguments, or single tensors by their methods, such as `add_`.")
 
+# %% ../nbs/05_trial.ipynb #86a5fd98
+def check_written(
+    step:JitStep, # Step
+    states:tuple, # Names of the state in use
+    scalars:dict, # Scalar arguments as they are now
+    flags:tuple=() # Names of scalars that are true or false from step to step
+):
+    "Raise `RuntimeError` if `step` never changes one of its states; tried once in a process"
+    key = 'written',step,states
+    if key in _tried or not states: return
+    others = {n: 0.5 if step.scalars[n] is float and n != 'lr' else v for n,v in scalars.items()}
+    plain,written,moved = step.batched(states, compiled=False),set(),False
+    with _lock,_apart(torch.device('cpu')):
+        for shapes in (SHAPES,SQUARE_SHAPES,NONZERO_SHAPES):
+            trial = _Trial(step, states, shapes[::2], torch.device('cpu'), torch.float64)
+            for (s,first),f in product([*_trials(scalars),*_trials(others)], _combinations(flags)):
+                try: trial.run(1, plain, {**s, **f}, first)
+                except Exception: continue
+                before,after = trial.first if first else trial.start.memory,trial.results[1].memory
+                written |= {n for n,a,b in zip(states, before[2:], after[2:]) if not torch.equal(a, b)}
+                moved = moved or trial._has_moved()
+    lost = [n for n in states if n not in written]
+    if lost and moved: raise RuntimeError(
+        f"`{step.__name__}` never changes its state `{lost[0]}`. An assignment to the name, as in `{lost[0]} = [...]`, "
+        "changes nothing outside of the function: change the tensors in place, as by "
+        f"`torch._foreach_mul_({lost[0]}, …)`.")
+    if moved: _tried[key] = ''
+
 # %% ../nbs/05_trial.ipynb #4065e5f2
 def why_not_fused(
     step:JitStep, # Step
@@ -304,6 +332,7 @@ def verdict(
 ) -> Verdict:
     "Whether `step` may run fused, and how often it goes through memory; raises if the compiled form is wrong"
     if compiled: check_compiled(step, states, scalars, flags)
+    if not step.lazy: check_written(step, states, scalars, flags)
     why = why or why_not_fused(step, states, device, dtype, scalars, flags, compiled)
     if 'fused' in scalars: scalars = {**scalars, 'fused':not why}
     if not step.elementwise or device.type != 'cpu': return Verdict(why)  # no batches, so passes do not matter

@@ -13,6 +13,7 @@ from fastxtend_jit.step import JitStep,torchscript_ok
 from tests.cases import *
 from tests.engine import (forget_trials,has_compiled,plan_of,refuse_to_compile,runs_compiled,set_compile_after,
                           watch_trials)
+from tests.support import slow_but
 
 every = pytest.mark.parametrize('case', ALL, ids=str)
 
@@ -161,3 +162,19 @@ def test_second_optimizer_tries_nothing(case, monkeypatch):
     train(2)
     train(1)
     assert 0 < first <= 50 and len(runs) == first
+
+@pytest.mark.parametrize('case', slow_but(ALL[4:5], ALL), ids=str)
+@pytest.mark.parametrize('what', ['step','training'])
+def test_torch_compile(case, what):
+    "`torch.compile` over a step, or over a whole training step, breaks its graph there: the numbers are the same"
+    def weights(compiled):
+        torch.manual_seed(0)
+        model,x = nn.Linear(4, 4),torch.randn(8, 4)
+        opt = case.make(model.parameters(), True)
+        step = torch.compile(opt.step, backend='eager') if compiled == 'step' else opt.step
+        def train(): model(x).pow(2).mean().backward(); step(); opt.zero_grad()
+        if compiled == 'training': train = torch.compile(train, backend='eager')
+        for _ in range(8): train()
+        return model.weight.detach()
+    torch._dynamo.reset()
+    assert torch.equal(weights(what), weights(''))

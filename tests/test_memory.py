@@ -1,5 +1,5 @@
 "Where tensors lie: shared memory is refused, gaps and layouts are not; steps need little scratch; nothing grows"
-import gc
+import copy,gc,weakref
 from typing import List
 
 import pytest
@@ -213,6 +213,22 @@ def test_negative_gradients(case):
     opts[0].param_lists[1][0].grad.neg_()
     for o in opts: o.step()
     assert torch.equal(p, opts[0].param_lists[1][0])
+
+@every
+@pytest.mark.parametrize('forget', ['clear_state','load_state_dict','zero_grad to None'])
+def test_lets_go(case, forget):
+    "What the optimizer no longer needs is freed at once: averages and slow weights, gradients"
+    opt = trained(case, 7)
+    sd,state = copy.deepcopy(opt.state_dict()),[v for st in opt.state.values() for v in st.values()]
+    old = [weakref.ref(t) for t in [*state, *slow(opt)] if isinstance(t, torch.Tensor)]
+    if 'grad' in forget:
+        old = [weakref.ref(p.grad) for p in params_of(opt)]
+        for p in params_of(opt): p.grad = None
+    elif forget == 'clear_state': opt.clear_state()
+    else: opt.load_state_dict(sd)
+    del state
+    gc.collect()
+    assert old and not any(r() is not None for r in old)
 
 # --- How much
 

@@ -251,3 +251,47 @@ def test_numbers_of_any_shape():
 
 def test_numbers_need_whole_tensors():
     with pytest.raises(TypeError, match='counting.*elementwise.*moved'): jit_step(counting, elementwise=True)
+
+def forgetful(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float):
+    grad_avg = [m*mom + g for m,g in zip(grad_avg, grads)]
+    torch._foreach_add_(params, grad_avg, alpha=-lr)
+def forgets_a_number(params:List[Tensor], grads:List[Tensor], size:Tensor, lr:float):
+    size = size + 1.
+    torch._foreach_add_(params, grads, alpha=-lr)
+def forgets_at_times(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, beta:float):
+    if beta > 0.: torch._foreach_lerp_(grad_avg, grads, 1-beta)
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+@pytest.mark.parametrize('f,name,hypers', [(forgetful,'grad_avg',dict(mom=0.9)), (forgets_a_number,'size',{})])
+def test_state_is_lost(f, name, hypers):
+    "A state that the step never changes is named when the optimizer is made, or at the first step with all hypers"
+    says = f'`{f.__name__}` never changes its state `{name}`.*in place'
+    with pytest.raises(RuntimeError, match=says): JitOptimizer(parameters((2,)), f, lr=0.1, **hypers)
+    if not hypers: return
+    ps = parameters((2,))
+    opt = JitOptimizer(ps, f, lr=0.1)
+    opt.set_hypers(**hypers)
+    refused(opt, RuntimeError, f'never changes its state `{name}`')
+
+def test_state_for_other_hypers():
+    "A state that some hypers have no use for is none that is lost"
+    JitOptimizer(parameters((2,)), forgets_at_times, lr=0.1, beta=0.).step()
+
+def built_in(params:list[Tensor], grads:list[Tensor], grad_avg:list[Tensor]|None, lr:float):
+    if grad_avg is not None:
+        torch._foreach_add_(grad_avg, grads)
+        torch._foreach_add_(params, grad_avg, alpha=-lr)
+    else: torch._foreach_add_(params, grads, alpha=-lr)
+
+@pytest.mark.parametrize('kw,moved', [({},0.3), (dict(grad_avg=False),0.2)])
+def test_built_in_list(kw, moved):
+    "Python's own `list[Tensor]` is as good as `List[Tensor]`"
+    p = nn.Parameter(torch.ones(2))
+    opt = JitOptimizer([p], built_in, lr=0.1, **kw)
+    for _ in range(2): p.grad = torch.ones(2); opt.step()
+    assert opt.opt_step.state == opt.opt_step.optional == ['grad_avg'] and p.tolist() == pytest.approx([1-moved]*2)
+
+def test_one_step_a_function():
+    "Optimizers that are made of one function share its step, which is compiled and tried once"
+    made = [JitOptimizer(parameters((2,)), built_in, lr=0.1).opt_step for _ in range(2)]
+    assert made[0] is made[1] is jit_step(built_in) and jit_step(built_in, elementwise=True) is not made[0]
