@@ -10,7 +10,7 @@ __all__ = ['counterparts', 'structural_args', 'factories_of', 'jit_opt']
 # %% ../nbs/20_learner.ipynb #c392b466
 import inspect,itertools
 from copy import deepcopy
-from functools import cache,partial
+from functools import cache,partial,update_wrapper
 from typing import Callable
 
 import torch
@@ -100,10 +100,12 @@ def _counterpart(f, jit):
     "Ours for the factory `f`, if `jit`, or else fastai's; `f` itself if it is that already"
     func,args,kwargs = (f.func,f.args,f.keywords) if isinstance(f, partial) else (f,(),{})
     pair = next((pair for pair in counterparts if any(func is factory for factory in pair)), None)
-    if func is _made_as:
-        if args[1] == jit: return f
-        func,args = args[0],args[2:]
-    elif pair is None: return f if _makes_ours(f, jit) == jit else partial(_made_as, f, jit)
+    if isinstance(func, _Converted):
+        if func.jit == jit: return f
+        func = func.factory
+    elif pair is None:
+        if _makes_ours(f, jit) == jit: return f
+        func = _Converted(func, jit)  # its keywords stay where fastai looks for `lr`
     elif pair[jit] is func: return f
     else: func = pair[jit]
     return partial(func, *args, **kwargs) if args or kwargs else func
@@ -123,7 +125,12 @@ def _is_ours(opt):
         raise _no_counterpart(f"fastai's `Lookahead` around `{name}`, for which there is `JitLookahead`,")
     return isinstance(opt, JitOptimizer)
 
-def _made_as(f, jit, params, **kwargs): return _converted(f(params, **kwargs), jit)
+class _Converted:
+    "A factory like `factory`, by name and documentation too, whose optimizers are ours, if `jit`, or else fastai's"
+    def __init__(self, factory, jit):
+        update_wrapper(self, factory)
+        self.factory,self.jit = factory,jit
+    def __call__(self, *args, **kwargs): return _converted(self.factory(*args, **kwargs), self.jit)
 
 def _no_counterpart(what):
     names = ', '.join(f'{native.__name__} ({jit.__name__})' for native,jit in counterparts)

@@ -16,6 +16,7 @@ from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
+from fastxtend_jit.fragments import average_grad
 from fastxtend_jit.learner import counterparts,factories_of,jit_opt
 
 # --- which goes with which
@@ -139,6 +140,7 @@ def test_live_without_counterpart(make, tmp_path):
     assert learn.opt is opt and learn.opt_func is Adam
 
 def sign_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float):
+    average_grad(grad_avg, grads, mom)
     torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
 
 def test_own_step_has_no_native(tmp_path):
@@ -210,3 +212,24 @@ def test_mistakes(case, tmp_path):
         JitOptimizer([p], step, lr=0.1, epsilon=1e-5)
     learn.opt.set_hyper('mom', 'high')
     with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
+
+def of_my_own(params, lr, mom=0.8, **kwargs):
+    "A factory of somebody's"
+    return Adam(params, lr=lr, mom=mom, **kwargs)
+
+@pytest.mark.parametrize('convert', [jit_opt,'to_jit'], ids=str)
+def test_factory_of_ones_own(convert):
+    "Keywords, of which fastai reads `lr`, name and documentation stay; it pickles, and goes back"
+    f = partial(of_my_own, lr=0.05, eps=1e-7)
+    learn = quiet(Learner(tensor_dls(), nn.Linear(4, 2), loss_func=noop, opt_func=f))
+    if convert == 'to_jit': learn.to_jit()
+    else: learn.opt_func = convert(f)
+    made = learn.opt_func
+    assert made.keywords == f.keywords and made.func.__name__ == 'of_my_own' and made.func.__doc__ == of_my_own.__doc__
+    learn.create_opt()
+    assert isinstance(learn.opt, JitOptimizer) and learn.lr == learn.opt.hypers[0]['lr'] == 0.05
+    assert learn.opt.hypers[0]['mom'] == 0.8 and learn.opt.hypers[0]['eps'] == 1e-7
+    again = pickle.loads(pickle.dumps(made))
+    assert isinstance(again([nn.Parameter(torch.ones(1))]), JitOptimizer) and jit_opt(made) is made
+    learn.to_native()
+    assert learn.opt_func.func is of_my_own and learn.opt_func.keywords == f.keywords
