@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import adam_update,average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/12_adam.ipynb #b5f14c1e
 @jit_step(elementwise=True, check=can_debias, lazy=True)
@@ -48,6 +49,7 @@ def adam_jit_step(
     adam_update(params, grad_avg, sqr_avg, lr/debias1, eps, debias2)
 
 # %% ../nbs/12_adam.ipynb #93243293
+@factory
 def adam_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fragments import adam_update,average_sqr_grad,can_debias,debias,scale_,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/18_adan.ipynb #a079ea99
 def _can_debias(diff_mom:float, step:int, **others):
@@ -56,6 +57,7 @@ def adan_jit_step(
     if decouple_wd and wd != 0.: scale_(params, 1/(1 + lr*wd))
 
 # %% ../nbs/18_adan.ipynb #d73063af
+@factory
 def adan_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import adam_direction,can_debias,sgd_per_tensor_lr,norms,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/16_lamb.ipynb #e112f55b
 @jit_step(check=can_debias, lazy=True)
@@ -48,6 +49,7 @@ def lamb_jit_step(
                       spread_scalars=spread_scalars, keep=keep, p_norm=r1)
 
 # %% ../nbs/16_lamb.ipynb #ebbe425d
+@factory
 def lamb_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import sgd_per_tensor_lr,norms,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/15_larc.ipynb #72756d8c
 @jit_step(lazy=True)
@@ -48,6 +49,7 @@ def larc_jit_step(
                       spread_scalars=spread_scalars)
 
 # %% ../nbs/15_larc.ipynb #a4e6b302
+@factory
 def larc_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fragments import weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/18_lion.ipynb #e2946970
 @jit_step(elementwise=True, lazy=True)
@@ -38,6 +39,7 @@ def lion_jit_step(
     torch._foreach_lerp_(grad_avg, grads, 1-avg_mom)
 
 # %% ../nbs/18_lion.ipynb #8a21ef87
+@factory
 def lion_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate, smaller than Adam's

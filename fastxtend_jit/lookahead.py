@@ -9,6 +9,7 @@ __all__ = ['LOOKAHEAD_ARGS', 'JitLookahead']
 
 # %% ../nbs/08_lookahead.ipynb #e5dc758c
 from itertools import chain
+from operator import is_
 from typing import Callable
 
 import torch
@@ -31,8 +32,8 @@ def _in_groups(ts, groups):
 
 def _laid_out(p, s):
     "Slow weights `s` in the memory order of `p`: they may come from a model in another memory format"
-    alike = not is_dense(to_local(p)) or significant_strides(to_local(s)) == significant_strides(to_local(p))
-    return s if alike else torch.empty_like(p).copy_(s)
+    alike = lambda: not is_dense(to_local(p)) or significant_strides(to_local(s)) == significant_strides(to_local(p))
+    return s if not s.is_neg() and alike() else torch.empty_like(p).copy_(s)
 
 def _settings_of(opt, step, decouple_wd, defaults):
     "Arguments that make an optimizer like `opt`: parameters, step, `decouple_wd`, others; raises if more are given"
@@ -41,7 +42,7 @@ def _settings_of(opt, step, decouple_wd, defaults):
                         "`JitLookahead(opt, k=6, alpha=0.5)`.")
     if isinstance(opt, JitLookahead) or 'slow_weights' in opt.opt_step.args:
         raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
-    has,consts = {n: n in opt.state_names for n in opt.opt_step.optional},opt.consts
+    has,consts = {n: n in opt.state_names for n in opt.opt_step.optional},{**opt.consts}
     hypers = {n:v for n,v in opt.hypers[0].items() if n in opt.opt_step.hypers}
     return opt.param_lists,opt.opt_step,consts.pop('decouple_wd'),{**has, **consts, **hypers}
 
@@ -51,6 +52,7 @@ LOOKAHEAD_ARGS = dict(alpha=float, lookahead=bool)  # what a step that looks ahe
 class JitLookahead(JitOptimizer):
     "A `JitOptimizer` with Lookahead: every `k` steps, weights are pulled to slow copies (https://arxiv.org/abs/1907.08610)"
     count,slow_weights = 0,None  # steps taken; slow weights in groups like the parameters
+    _reserved = *JitOptimizer._reserved,'k','alpha'
     _owners,_outside_step,_listed = (),{},('slow_weights',)
     def __init__(self,
         params:Tensor|list|JitOptimizer, # Parameters as in `JitOptimizer`, or one of our optimizers, to replace it
@@ -80,9 +82,10 @@ class JitLookahead(JitOptimizer):
         "Slow weights as one list, in the order of the parameters, whose groups may have been split or merged"
         params,slow = ([*chain.from_iterable(o)] for o in (self.param_lists,self.slow_weights))
         has,sizes = [*map(len, self.slow_weights)],[*map(len, self.param_lists)]
-        if has == sizes: return slow
+        if has == sizes and len(params) == len(self._owners) and all(map(is_, params, self._owners)): return slow
         known = dict(zip(map(id, self._owners), slow)) if len(slow) == len(self._owners) else {}
         if len(slow) == len(params) and all(id(p) in known for p in params): return [known[id(p)] for p in params]
+        if has == sizes: return slow  # of parameters that were replaced
         raise ValueError(f"There are slow weights for groups of {has} parameters, but the groups have {sizes}: "
                          "call `clear_state()` after changing `param_lists`.")
 
@@ -107,7 +110,8 @@ class JitLookahead(JitOptimizer):
 
     def state_dict(self):
         "State dict of fastai's form, with `count` and `slow_weights`"
-        slow = self.slow_weights and _in_groups(self._regrouped(), self.param_lists)
+        try: slow = self.slow_weights and _in_groups(self._regrouped(), self.param_lists)
+        except ValueError: slow = self.slow_weights  # the next step will be refused; saving is not
         return {**super().state_dict(), 'count': self.count, 'slow_weights': slow}
 
     def load_state_dict(self,

@@ -8,10 +8,11 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 __all__ = ['SPREAD_SCALARS', 'JitOptimizer', 'copy_for']
 
 # %% ../nbs/07_optimizer.ipynb #eb792d6a
-import inspect,warnings
+import warnings
 from collections import defaultdict
 from functools import wraps
 from itertools import chain
+from types import MappingProxyType
 from typing import Callable
 
 import torch
@@ -22,7 +23,7 @@ from fastcore.foundation import L
 from .plan import Inputs,Key,Plan
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
-from .validate import as_scalar,check_state_dict
+from .validate import as_scalar,check_state_dict,refuse_arguments
 
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
@@ -36,7 +37,7 @@ def _split_arguments(step, engine_args, arguments):
     consts = {n:arguments.pop(n) for n in step.consts if n in arguments}
     if unknown := {*arguments} - {*step.hypers, *FASTAI_HYPERS, 'train_bn'}:
         takes = [n for n in step.args[2:] if n not in engine_args and (n not in step.state or n in step.optional)]
-        raise TypeError(f"`{step.__name__}` takes no {', '.join(sorted(unknown))}; it takes {', '.join(takes)}.")
+        refuse_arguments(step.__name__, unknown, takes)
     known = {**step.defaults, **arguments}
     hypers = {n:known[n] for n in step.hypers if n in known and n not in engine_args}
     return state,consts,{**hypers, **arguments}
@@ -44,6 +45,7 @@ def _split_arguments(step, engine_args, arguments):
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _engine_args = ENGINE_ARGS  # step arguments that the engine supplies, with their types
+    _reserved = 'self','opt_step'  # constructor arguments, whose names a step cannot have for its own
     _consts,_listed,_plan = (),(),None  # names of constants, and of state kept as one list; the plan of the last step
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
@@ -95,9 +97,8 @@ def _refuse_name(self:JitOptimizer, n, what):
 @patch
 def _check_names(self:JitOptimizer):
     "Raise `TypeError` if the step uses a name of the constructor's own, or another type for what the engine supplies"
-    own = {*inspect.signature(type(self).__init__).parameters} - {'params','decouple_wd','defaults',*self._engine_args}
     for n in self.opt_step.args[2:]:
-        if n in own: self._refuse_name(n, 'an argument')
+        if n in self._reserved and n not in self._engine_args: self._refuse_name(n, 'an argument')
     self.opt_step.check_types(self._engine_args)
 
 @patch
@@ -113,7 +114,9 @@ def _set_consts(self:JitOptimizer, values, decouple_wd):
     self._consts = tuple(res)
 
 @patch(as_prop=True)
-def consts(self:JitOptimizer): "Constants by name"; return {n:getattr(self, n) for n in self._consts}
+def consts(self:JitOptimizer):
+    "Constants by name, to read: they are set as attributes"
+    return MappingProxyType({n:getattr(self, n) for n in self._consts})
 
 # %% ../nbs/07_optimizer.ipynb #4676950b
 # PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (ATen/native/cuda/ForeachPointwiseOp.cu)

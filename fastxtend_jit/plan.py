@@ -179,7 +179,9 @@ class Bucket:
     ) -> Form:
         "How it runs with such scalars; the first time in a process, the step is tried on small tensors"
         compiled,kind = self.step.is_due,formula_key(self.step, scalars)
-        if (compiled,kind) not in self._forms: self._forms[compiled,kind] = self._make_form(scalars, flags, compiled)
+        if (compiled,kind) not in self._forms:
+            if len(self._forms) >= 16: self._forms.clear()  # an `int` constant may have another value at every step
+            self._forms[compiled,kind] = self._make_form(scalars, flags, compiled)
         return self._forms[compiled,kind]
 
     @lasting()
@@ -319,7 +321,7 @@ class Fingerprint:
         self.grads,self.kinds = [g if g is None else ref(g) for g in grads],_kinds(grads)
         self.addresses = self.addresses_of(grads)
 
-    def addresses_of(self, grads): return [grads[i].data_ptr() for i in self.with_step]
+    def addresses_of(self, grads): return _each(Tensor.data_ptr, [grads[i] for i in self.with_step])
 
     def knows(self, grads): return _same([r and r() for r in self.grads], grads)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fragments import average_grad,average_sqr_grad,can_debias,can_fuse,debias,fused_adam,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/14_qhadam.ipynb #c8e698ce
 @jit_step(elementwise=True, check=can_debias, lazy=True)
@@ -64,6 +65,7 @@ def qhadam_jit_step(
     torch._foreach_addcdiv_(params, first, denom, -lr)
 
 # %% ../nbs/14_qhadam.ipynb #a3051ff1
+@factory
 def qhadam_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import can_rectify,radam
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/13_radam.ipynb #47a80a83
 @jit_step(elementwise=True, check=can_rectify, lazy=True)
@@ -39,6 +40,7 @@ def radam_jit_step(
           beta=beta, decouple_wd=decouple_wd, fused=fused)
 
 # %% ../nbs/13_radam.ipynb #2bf7a3a0
+@factory
 def radam_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import can_rectify,lookahead as _lookahead,radam
 from .lookahead import JitLookahead
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/17_ranger.ipynb #9516dc53
 @jit_step(elementwise=True, check=can_rectify, lazy=True)
@@ -43,6 +44,7 @@ def ranger_jit_step(
     if lookahead: _lookahead(params, slow_weights, alpha)
 
 # %% ../nbs/17_ranger.ipynb #48bde6c3
+@factory
 def ranger_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

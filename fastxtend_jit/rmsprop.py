@@ -15,6 +15,7 @@ from torch import Tensor
 from .fragments import adam_update,average_grad,average_sqr_grad,can_fuse,fused_adam,scale_,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/11_rmsprop.ipynb #fcfc0c5d
 @jit_step(elementwise=True, lazy=True)
@@ -56,6 +57,7 @@ def rmsprop_jit_step(
     adam_update(params, grads if grad_avg is None else grad_avg, sqr_avg, lr, eps)
 
 # %% ../nbs/11_rmsprop.ipynb #fe5f9ede
+@factory
 def rmsprop_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fragments import average_grad,fused_sgd,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/10_sgd.ipynb #d293ac5a
 @jit_step(elementwise=True, lazy=True)
@@ -43,6 +44,7 @@ def sgd_jit_step(
     torch._foreach_add_(params, grads if grad_avg is None else grad_avg, alpha=-lr)
 
 # %% ../nbs/10_sgd.ipynb #99675e0e
+@factory
 def sgd_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -16,6 +16,7 @@ from torch import Tensor
 from .fragments import adam_direction,can_debias,can_fuse,debias,sgd_per_tensor_lr,fused_adam,norms,weight_decay
 from .optimizer import JitOptimizer
 from .step import jit_step
+from .validate import factory
 
 # %% ../nbs/18_stableadam.ipynb #3d5f0b1e
 def _surprise(grads:List[Tensor], sqr_avg:List[Tensor], keep:float, share:float, eps:float):
@@ -79,6 +80,7 @@ def stableadam_jit_step(
                       spread_scalars=spread_scalars)
 
 # %% ../nbs/18_stableadam.ipynb #9856a76e
+@factory
 def stableadam_jit(
     params:Tensor|list, # Model parameters
     lr:float|slice, # Default learning rate

@@ -42,6 +42,10 @@ def why_not_fused(opt):
     "For each bucket, why it goes without the fused form of the step; empty if it takes it"
     return [form.why for _,form,_ in opt._prepare()[2]]
 
+def number_of_forms(opt):
+    "How many ways to run its buckets are kept"
+    return sum(len(b._forms) for b in buckets_of(opt))
+
 def steps_taken(bucket):
     "How many steps its parameters have taken"
     return bucket.steps_taken

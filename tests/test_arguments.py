@@ -60,5 +60,28 @@ def test_default_of_decouple_wd():
     assert JitOptimizer(parameters((2,)), decays, lr=0.1).decouple_wd is True
     assert JitOptimizer(parameters((2,)), decays, False, lr=0.1).decouple_wd is False
     assert JitOptimizer(parameters((2,)), plain, lr=0.1).decouple_wd is False
-    # fastai would take it for `False`
-    assert adam_jit(parameters((2,)), 0.1, decouple_wd=None).decouple_wd is True
+    # as fastai takes it, by its truth value
+    assert adam_jit(parameters((2,)), 0.1, decouple_wd=None).decouple_wd is False
+
+@pytest.mark.parametrize('make', [j for _,j in PAIRS+OTHERS], ids=lambda f: f.__name__)
+def test_pytorch_names(make):
+    "What PyTorch calls its arguments is translated"
+    says = f'`{make.__name__}` takes no amsgrad, betas, weight_decay; it takes params, lr, .*wd.*' \
+           '`weight_decay` is `wd` in fastai. `betas` is `mom` and `sqr_mom` in fastai'
+    with pytest.raises(TypeError, match=says):
+        make(parameters((2,)), lr=0.1, weight_decay=0.1, betas=(0.9,0.99), amsgrad=True)
+
+class Mine(JitOptimizer):
+    "A subclass whose constructor names hypers"
+    def __init__(self, params, lr=0.1, mom=0.9, wd=0.01):
+        super().__init__(params, adam_jit_step, lr=lr, mom=mom, wd=wd, sqr_mom=0.99, eps=1e-5)
+
+def test_subclass():
+    ours,mine = parameters((2,)),parameters((2,))
+    adam_jit(ours, 0.1).step()
+    Mine(mine).step()
+    assert torch.equal(ours[0], mine[0])
+
+def test_constants_are_attributes():
+    opt = adam_jit(parameters((2,)), 0.1)
+    with pytest.raises(TypeError): opt.consts['decouple_wd'] = False

@@ -1,8 +1,9 @@
 "What things cost, as counts: seconds are for the benchmark"
 import subprocess,sys
+from typing import List
 
 import torch
-from torch import nn
+from torch import Tensor,nn
 
 from tests import engine
 from tests.cases import *
@@ -49,3 +50,14 @@ def test_import():
     out = subprocess.run([sys.executable, '-c', IMPORT], capture_output=True, text=True)
     assert out.returncode == 0 and not out.stderr, out.stderr
     assert out.stdout.split() == ['0','fastxtend_jit']
+
+def counted(params:List[Tensor], grads:List[Tensor], lr:float, n:int=1): torch._foreach_add_(params, grads, alpha=-lr)
+
+def test_forms_are_few():
+    "A constant that is another number at each step does not fill the memory"
+    opt = JitOptimizer(params_of(EIGHT[0].make([torch.ones(3)], True)), counted, lr=0.1)
+    for i in range(40):
+        new_grads(params_of(opt), i)
+        opt.n = i
+        opt.step()
+    assert engine.number_of_forms(opt) <= 16

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor,nn
 
+from fastxtend_jit.fragments import average_grad
 from fastxtend_jit.step import jit_step
 from fastxtend_jit.calls import Calls
 from tests import engine
@@ -35,7 +36,8 @@ def test_explain(case, steps):
     assert df['tensors'].sum() == 3 and df['elements'].sum() == 300*40+40+8*4*9 and (df['wd'] == 0.01).all()
 
 def sign_step(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float, mom:float):
-    torch._foreach_add_(params, torch._foreach_sign(grads), alpha=-lr)
+    average_grad(grad_avg, grads, mom)
+    torch._foreach_add_(params, torch._foreach_sign(grad_avg), alpha=-lr)
 
 def test_explain_says_why(monkeypatch):
     settings = (adam_jit,{}), (radam_jit,{}), (qhadam_jit,dict(nu_2=0.8))

@@ -6,6 +6,7 @@ from typing import List
 import pytest
 import torch
 from torch import Tensor,nn
+from fastcore.foundation import L
 
 from fastxtend_jit.calls import Calls
 from tests import engine
@@ -157,3 +158,16 @@ def test_frozen_view_of_a_trained_parameter(order):
     (p,native),(q,ours) = opts
     close(q, p, 1e-12)
     for s,t in zip(slow(ours), slow(native)): close(s, t, 1e-12)
+
+def test_parameters_swap_groups():
+    "Slow weights follow their parameters also where groups stay as large; what does not fit can still be saved"
+    ps = parameters((2,), (3,), (2,), (3,))
+    opt = ranger_jit([ps[:2],ps[2:]], lr=0.1, k=2)
+    opt.step()
+    before = {id(p): s.clone() for p,s in zip(ps, [t for pg in opt.slow_weights for t in pg])}
+    opt.param_lists = L(L(ps[2],ps[1]), L(ps[0],ps[3]))
+    for pg,slow in zip(opt.param_lists, opt.state_dict()['slow_weights']):
+        for p,s in zip(pg, slow): assert torch.equal(s, before[id(p)])
+    opt.param_lists = L(L(ps[:2]), L(ps[2:3]))
+    assert [len(pg) for pg in opt.state_dict()['slow_weights']] == [2,2]
+    with pytest.raises(ValueError, match='clear_state'): opt.step()
