@@ -134,7 +134,8 @@ AHEAD_TOO = ', slow_weights:List[Tensor], alpha:float, lookahead:bool'
 def source(kind, n, ahead):
     "A step with one argument of this name and kind"
     args = f"params:List[Tensor], grads:List[Tensor], {HEADS[kind].format(n=n)}{AHEAD_TOO*ahead}, lr:float"
-    return f"\ndef {kind}_{n}{'_ahead'*ahead}({args}):\n    {BODIES[kind].format(n=n)}\n"
+    looks = '    if lookahead: torch._foreach_lerp_(slow_weights, params, alpha)\n'
+    return f"\ndef {kind}_{n}{'_ahead'*ahead}({args}):\n    {BODIES[kind].format(n=n)}\n{looks*ahead}"
 
 @pytest.fixture(scope='module')
 def named(tmp_path_factory):
