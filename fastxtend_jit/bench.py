@@ -546,14 +546,13 @@ def main(
     once = ('engine' in parts) + ('cold' in parts)*len(_alone(opts))
     each = len(opts)*('cells' in parts) + len(options['precision'])*('training' in parts)
     total = repeat*(len(names)*each + once)
-    for run in range(1, repeat+1):
-        for part,d,line in _run(names, opts, parts, rounds, **options):
-            print(f'{now()-start:4.0f} s  {next(done):2}/{total}  {line}', flush=True)
-            if d is None: failed += 1
-            else:
-                report.add(part, pd.DataFrame(dict(run=run, **d)))
-                report.save(out, charts=False)  # what there is, whatever comes
-            if limit and now()-start > limit: break
+    lines = ((run,*o) for run in range(1, repeat+1) for o in _run(names, opts, parts, rounds, **options))
+    for run,part,d,line in lines:
+        print(f'{now()-start:4.0f} s  {next(done):2}/{total}  {line}', flush=True)
+        if d is None: failed += 1
+        else:
+            report.add(part, pd.DataFrame(dict(run=run, **d)))
+            report.save(out, charts=False)  # what there is, whatever comes
         if limit and now()-start > limit: print('Time is up.'); break
     report.save(out)
     print(f'\n{report}\n\nFigures and chart are in {out}')

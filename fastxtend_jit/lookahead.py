@@ -9,18 +9,16 @@ __all__ = ['LOOKAHEAD_ARGS', 'JitLookahead']
 
 # %% ../nbs/08_lookahead.ipynb #e5dc758c
 from itertools import chain
-from operator import is_
 from typing import Callable
 
-import torch
 from torch import Tensor
 from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .fragments import lookahead
-from .memory import is_dense,lasting,overlapping,significant_strides,to_local
+from .memory import is_dense,laid_out_like,lasting,overlapping,significant_strides,to_local
 from .optimizer import JitOptimizer,copy_for
-from .plan import cut,max_elements,split
+from .plan import cut,max_elements,same,split
 from .step import ENGINE_ARGS,jit_step
 from .validate import as_scalar,check_slow_weights,check_state
 
@@ -29,11 +27,6 @@ def _in_groups(ts, groups):
     "`ts` in lists as long as `groups`"
     ts = iter(ts)
     return L(L(next(ts) for _ in g) for g in groups)
-
-def _laid_out(p, s):
-    "Slow weights `s` in the memory order of `p`: they may come from a model in another memory format"
-    alike = lambda: not is_dense(to_local(p)) or significant_strides(to_local(s)) == significant_strides(to_local(p))
-    return s if not s.is_neg() and alike() else torch.empty_like(p).copy_(s)
 
 def _settings_of(opt, step, decouple_wd, defaults):
     "Arguments that make an optimizer like `opt`: parameters, step, `decouple_wd`, others; raises if more are given"
@@ -82,7 +75,7 @@ class JitLookahead(JitOptimizer):
         "Slow weights as one list, in the order of the parameters, whose groups may have been split or merged"
         params,slow = ([*chain.from_iterable(o)] for o in (self.param_lists,self.slow_weights))
         has,sizes = [*map(len, self.slow_weights)],[*map(len, self.param_lists)]
-        if has == sizes and len(params) == len(self._owners) and all(map(is_, params, self._owners)): return slow
+        if has == sizes and same(params, self._owners): return slow
         known = dict(zip(map(id, self._owners), slow)) if len(slow) == len(self._owners) else {}
         if len(slow) == len(params) and all(id(p) in known for p in params): return [known[id(p)] for p in params]
         if has == sizes: return slow  # of parameters that were replaced
@@ -95,7 +88,8 @@ class JitLookahead(JitOptimizer):
 
     def _commit(self, plan, x):
         slow = x.lists['slow_weights']
-        with lasting(): slow[:] = map(_laid_out, x.params, slow)
+        # they may come from a model in another memory format
+        with lasting(): slow[:] = map(laid_out_like, x.params, slow)
         super()._commit(plan, x)
         self.slow_weights,self._owners = _in_groups(slow, x.groups),x.params
 

@@ -6,7 +6,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/plan.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'cache_size', 'small_size', 'unlimited', 'max_elements', 'openmp', 'Batch', 'cut', 'split', 'Inputs',
-           'Key', 'Slot', 'Form', 'Bucket', 'Fingerprint', 'Plan']
+           'Key', 'Slot', 'Form', 'Bucket', 'same', 'Fingerprint', 'Plan']
 
 # %% ../nbs/06_plan.ipynb #5a2ab0f0
 from dataclasses import dataclass,field
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 
-from .memory import (WrittenMemory,flat_view,has_storage,is_dense,is_dense_cpu,lasting,
+from .memory import (WrittenMemory,flat_view,has_storage,is_dense,is_dense_cpu,laid_out_like,lasting,
                                   significant_strides,to_local)
 from .step import JitStep
 from .trial import formula_key,verdict
@@ -126,10 +126,8 @@ class Slot:
         "Use stored `t` as it is, a copy laid out like the parameter, or zeros; raise if `t` cannot be state"
         p = self.param
         if t is not None: check_state(p, t, name, self.name, scalar)
-        alike = lambda: not t.is_neg() and (not is_dense(to_local(p)) or
-                                            strides_of(to_local(t)) == strides_of(to_local(p)))
-        if scalar or t is not None and alike(): self.state[name] = t
-        else: self.state[name] = self.new[name] = torch.zeros_like(p) if t is None else torch.empty_like(p).copy_(t)
+        self.state[name] = res = t if scalar else torch.zeros_like(p) if t is None else laid_out_like(p, t, strides_of)
+        if res is not t: self.new[name] = res
 
 # %% ../nbs/06_plan.ipynb #ce08a386
 def _writable(p):
@@ -235,7 +233,13 @@ def count_step(self:Bucket):
     for s in self.slots: s.stored['step'] = n
 
 # %% ../nbs/06_plan.ipynb #55667b2f
-def _same(xs, ys): return len(xs) == len(ys) and all(map(is_, xs, ys))
+def same(
+    xs:list, # Anything
+    ys:list # Anything
+) -> bool:
+    "Whether these are the same objects, in the same order"
+    return len(xs) == len(ys) and all(map(is_, xs, ys))
+
 def _each(f, ts): return [*map(f, ts)]
 
 def _without_storage(t):
@@ -252,16 +256,16 @@ class Fingerprint:
     "What a plan depends on, except gradient identity"
     def __init__(self,
         buckets:list, # Buckets of the plan
-        x:Inputs # What it was made from, with the plan's state stored
+        x:Inputs, # What it was made from, with the plan's state stored
+        with_storage:list # Indices of parameters that take a step, and have memory of their own
     ):
         slots = [s for b in buckets for s in b.slots]
         self.buckets,self.stored,self.params = buckets,[s.stored for s in slots],x.params
         self.names = [n for n in (slots[0].state if slots else ()) if n not in x.lists]
         params,state = [s.param for s in slots],[t for s in slots for t in s.state.values()]
         self.without_storage = [t for t in params+state if not has_storage(t)]
-        self.with_step = [s.index for s in slots if has_storage(s.param)]
-        params,self.state = ([t for t in ts if has_storage(t)] for ts in (params,state))
-        self.with_storage = params
+        self.indices,self.with_storage = with_storage,[x.params[i] for i in with_storage]
+        self.state = [t for t in state if has_storage(t)]
         # state in another memory order is copied when a plan is made, so this is all there is to know of its strides
         self.contiguous,self.strided = ([t for t in self.state if t.is_contiguous() == c] for c in (True,False))
         self.counts_steps = bool(buckets) and buckets[0].counts_steps
@@ -307,10 +311,10 @@ class Fingerprint:
         x:Inputs # What the next step finds
     ) -> bool:
         "Is everything as it was, apart from gradients?"
-        if not _same(x.params, self.params): return False
+        if not same(x.params, self.params): return False
         try:
             found = self._identities(x)
-            if not all(_same(found[k], v) for k,v in self.identities.items()): return False
+            if not all(same(found[k], v) for k,v in self.identities.items()): return False
             return self._steps_match() and self._values(x) == self.values
         except (KeyError,RuntimeError): return False  # state was deleted; a sparse gradient has no strides
 
@@ -321,9 +325,9 @@ class Fingerprint:
         self.grads,self.kinds = [g if g is None else ref(g) for g in grads],_kinds(grads)
         self.addresses = self.addresses_of(grads)
 
-    def addresses_of(self, grads): return _each(Tensor.data_ptr, [grads[i] for i in self.with_step])
+    def addresses_of(self, grads): return _each(Tensor.data_ptr, [grads[i] for i in self.indices])
 
-    def knows(self, grads): return _same([r and r() for r in self.grads], grads)
+    def knows(self, grads): return same([r and r() for r in self.grads], grads)
 
 # %% ../nbs/06_plan.ipynb #5432e989
 def _needs_copy(p, g, dense):
@@ -389,7 +393,7 @@ class Plan:
                 if s.new:
                     s.stored.update(s.new)
                     x.state.setdefault(s.param, s.stored)
-        self.fingerprint = Fingerprint(self.buckets, x)
+        self.fingerprint = Fingerprint(self.buckets, x, self._with_storage)
 
 # %% ../nbs/06_plan.ipynb #138920e7
 @patch

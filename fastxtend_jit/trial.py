@@ -227,6 +227,8 @@ def check_written(
                 before,after = trial.first if first else trial.start.memory,trial.results[1].memory
                 written |= {n for n,a,b in zip(states, before[2:], after[2:]) if not torch.equal(a, b)}
                 moved = moved or trial._has_moved()
+                if moved and written == {*states}: break
+            if moved and written == {*states}: break
     lost = [n for n in states if n not in written]
     if lost and moved: raise RuntimeError(
         f"`{step.__name__}` never changes its state `{lost[0]}`. An assignment to the name, as in `{lost[0]} = [...]`, "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import List
 
 import torch
-from torch import nn
 
 from fastxtend_jit import __main__ as command,bench,launches as estimate,parity as beside,report,selfcheck
 from fastxtend_jit.all import *
@@ -16,7 +15,7 @@ from fastxtend_jit.optimizer import SPREAD_SCALARS
 from tests import engine
 from tests.cases import OTHERS,PAIRS,VARIANTS
 from tests.gpu.report import PROMISED,read
-from tests.tools.launches import xresnet_shapes
+from tests.tools.launches import with_grads,xresnet_shapes
 
 class Found:
     "What a part finds, and what of it was tried"
@@ -63,8 +62,7 @@ class Found:
             self.put('warning', text=text)
 
     def with_grads(self, shapes):
-        ps = [nn.Parameter(torch.randn(s, device=self.device)*0.02) for s in shapes]
-        for p in ps: p.grad = torch.randn_like(p)*0.02
+        bench._fill(ps := with_grads(shapes, self.device))
         return ps
 
 # --- Is it right?
