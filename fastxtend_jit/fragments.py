@@ -38,9 +38,11 @@ def weight_decay(
 ) -> List[Tensor]:
     "Gradients to go on with: `grads`, or new ones that include L2 regularization"
     if wd == 0.: return grads
-    if not decouple_wd: return torch._foreach_add(grads, params, alpha=wd)
-    scale_(params, 1 - lr*wd)
-    return grads
+    if decouple_wd:
+        scale_(params, 1 - lr*wd)
+        return grads
+    res,dtype = torch._foreach_add(grads, params, alpha=wd),grads[0].dtype
+    return res if params[0].dtype == dtype else [x.to(dtype) for x in res]  # gradients may have a dtype of their own
 
 # %% ../nbs/01_fragments.ipynb #d228d209
 def average_grad(

@@ -16,11 +16,13 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .fragments import lookahead
-from .memory import is_dense,laid_out_like,lasting,overlapping,significant_strides,to_local
+from .calls import OneByOne
+from .memory import (is_dense,laid_out_like,lasting,overlapping,significant_strides,takes_lists,
+                                  to_local)
 from .optimizer import JitOptimizer,copy_for
 from .plan import cut,max_elements,same,split
 from .step import ENGINE_ARGS,jit_step
-from .validate import as_scalar,check_slow_weights,check_state
+from .validate import as_scalar,check_allocated,check_slow_weights,check_state,param_names
 
 # %% ../nbs/08_lookahead.ipynb #fc54bff8
 def _in_groups(ts, groups):
@@ -84,6 +86,7 @@ class JitLookahead(JitOptimizer):
 
     def _inputs(self):
         if self.slow_weights is not None: return super()._inputs(slow_weights=self._regrouped())
+        for p,name in zip(chain(*self.param_lists), param_names(self.param_lists)): check_allocated(p, name)
         with lasting(): return super()._inputs(slow_weights=[p.clone().detach() for p in chain(*self.param_lists)])
 
     def _commit(self, plan, x):
@@ -133,7 +136,7 @@ def _engine_values(self:JitLookahead, plan, x):
         for i in plan.without_step if in_step else range(len(x.params)):
             p = x.params[i]
             check_state(p, x.lists['slow_weights'][i], 'slow_weights', plan.names[i])
-            self._outside_step.setdefault(i if one_by_one else (p.device,p.dtype), []).append(i)
+            self._outside_step.setdefault(i if one_by_one else (p.device,p.dtype,takes_lists(p)), []).append(i)
     return dict(alpha=as_scalar(self.alpha, float, "`alpha`"), lookahead=in_step) if self._in_step else {}
 
 @patch
@@ -145,6 +148,8 @@ def _after(self:JitLookahead, x):
 
 def _look_ahead(params, slow, alpha):
     "Pull tensors of one device and dtype, in batches that stay in cache"
+    if not takes_lists(params[0]):
+        with OneByOne(): return lookahead(params, slow, alpha)
     if not params[0].is_cpu: return lookahead(params, slow, alpha)
     def alike(p, s): return is_dense(p) and is_dense(s) and significant_strides(p) == significant_strides(s)
     kinds = {True:([],[]), False:([],[])}

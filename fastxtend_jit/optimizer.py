@@ -10,6 +10,7 @@ __all__ = ['SPREAD_SCALARS', 'JitOptimizer', 'copy_for']
 # %% ../nbs/07_optimizer.ipynb #eb792d6a
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import wraps
 from itertools import chain
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastcore.foundation import L
 
+from .calls import OneByOne
+from .memory import lasting,takes_lists
 from .plan import Inputs,Key,Plan
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
@@ -132,7 +135,7 @@ def _scalars(self:JitOptimizer, key, steps_taken=0, **engine_values):
     "Scalar arguments of the step for the parameters of a bucket, by name"
     engine_values |= dict(do_wd=as_scalar(key.do_wd, bool, '`do_wd`'), step=steps_taken+1, fused=False,
                           dense_cpu=key.cuttable,
-                          spread_scalars=SPREAD_SCALARS and key.fusable and key.device.type == 'cuda')
+                          spread_scalars=SPREAD_SCALARS and not key.why_not_fusable and key.device.type == 'cuda')
     step,hypers,res = self.opt_step,self.hypers[key.group],{}
     for n,to in step.scalars.items():
         if n in engine_values: res[n] = engine_values[n]
@@ -160,7 +163,7 @@ def _prepare(self:JitOptimizer):
     engine_values,flags,calls = self._engine_values(plan, x),self._flags,[]
     for b in plan.buckets:
         scalars = self._scalars(b.key, b.steps_taken, **engine_values)
-        form = b.form(scalars, flags)
+        form = b.form(scalars, flags, x.grads)
         if 'fused' in scalars: scalars['fused'] = not form.why
         calls.append((b,form,scalars))
     if step.check:
@@ -224,7 +227,8 @@ def zero_grad(self:JitOptimizer):
     grads = [g for p in chain.from_iterable(self.param_lists) if (g := p.grad) is not None]
     for g in grads:
         if g.requires_grad: g.detach_()
-    for gs in _by_kind(grads): torch._foreach_zero_(gs)
+    for gs in _by_kind(grads):
+        with nullcontext() if takes_lists(gs[0]) else OneByOne(): torch._foreach_zero_(gs)
 
 def copy_for(
     p:Tensor, # Parameter
@@ -233,7 +237,7 @@ def copy_for(
     "A copy of `v` on the device of its parameter"
     if not isinstance(v, Tensor): return v
     # The model may still move: fastai sends it to the GPU when training starts
-    return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
+    with lasting(): return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
 
 @patch
 def load_state_dict(self:JitOptimizer,

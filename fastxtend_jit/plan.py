@@ -9,6 +9,7 @@ __all__ = ['batch_size', 'cache_size', 'small_size', 'unlimited', 'max_elements'
            'Key', 'Slot', 'Form', 'Bucket', 'same', 'Fingerprint', 'Plan']
 
 # %% ../nbs/06_plan.ipynb #5a2ab0f0
+from copy import deepcopy
 from dataclasses import dataclass,field
 from functools import cache
 from operator import is_,itemgetter
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 
+from .calls import OneByOne
 from .memory import (WrittenMemory,flat_view,has_storage,is_dense,is_dense_cpu,laid_out_like,lasting,
-                                  significant_strides,to_local)
+                                  significant_strides,takes_lists,to_local)
 from .step import JitStep
 from .trial import formula_key,verdict
 from .validate import (check_grad,check_memory,check_params_disjoint,check_state,check_step_count,
@@ -97,11 +99,13 @@ class Key(NamedTuple):
     group:int=0 # Parameter group, whose hypers they share
     do_wd:bool=True # Do they take weight decay?
     steps_taken:int=0 # Steps taken so far
-    fusable:bool=True # Can the fused kernels take them: dense, and no `DTensor` of a step with norms?
+    why_not_fusable:str='' # Why the fused kernels cannot take them, empty if they can
     cuttable:bool=True # Dense in a CPU's memory, so that they may be cut and viewed as one-dimensional?
     single_thread:bool=False # Small tensors in a CPU's memory, faster on one thread?
     sharded:bool=False # `DTensor`s of which the step gets this process's shards?
-    dtype:torch.dtype=torch.float32 # Of parameters, gradients and state
+    one_by_one:bool=False # Tensors of a class that may not know calls with lists?
+    dtype:torch.dtype=torch.float32 # Of the parameters
+    grad_dtype:torch.dtype=torch.float32 # Of gradients and state
     device:torch.device=torch.device('cpu') # Where they are
     mesh:object=None # Device mesh of `DTensor`s
     grad_copy_group:int=0 # Number of those whose gradients are copied together, 0 for no copy
@@ -120,19 +124,34 @@ class Slot:
     def add_state(self,
         name:str, # Name of the state
         t:Tensor|None, # State as stored, `None` if there is none
+        like:Tensor, # What it averages, whose dtype it has to have: the gradient or the parameter
         scalar:bool, # Is it one number for the parameter?
         strides_of:Callable # What of strides has to agree with the parameter's
     ):
         "Use stored `t` as it is, a copy laid out like the parameter, or zeros; raise if `t` cannot be state"
         p = self.param
-        if t is not None: check_state(p, t, name, self.name, scalar)
-        self.state[name] = res = t if scalar else torch.zeros_like(p) if t is None else laid_out_like(p, t, strides_of)
+        if t is not None: check_state(p, t, name, self.name, scalar, (like.dtype,))
+        if t is not None: res = t if scalar else laid_out_like(p, t, strides_of)
+        elif takes_lists(p) and takes_lists(like): res = None if scalar else torch.zeros_like(p, dtype=like.dtype)
+        else: res = None if scalar else torch.zeros_like(like)  # of fastai's class
+        self.state[name] = res
         if res is not t: self.new[name] = res
 
 # %% ../nbs/06_plan.ipynb #ce08a386
 def _writable(p):
     "The parameter as kernels get it"
     return p.data if has_storage(p) or to_local(p) is not p else p
+
+def _one_by_one(call):
+    "`call`, with calls with lists of tensors taken apart"
+    def apart(*args):
+        with OneByOne(): call(*args)
+    return apart
+
+def _copied(t):
+    "A copy of `t`, of the same class"
+    res = t.detach().clone()
+    return res if type(res) is type(t.detach()) else deepcopy(t.detach())
 
 def _vector(slots, name):
     "State that is one number for each parameter, as a vector, whose elements are the state from now on"
@@ -173,25 +192,39 @@ class Bucket:
 
     def form(self,
         scalars:dict, # Scalar arguments of the step
-        flags:tuple=() # Names of those that are true or false from step to step
+        flags:tuple=(), # Names of those that are true or false from step to step
+        grads:list=() # Gradients of all parameters, by index
     ) -> Form:
         "How it runs with such scalars; the first time in a process, the step is tried on small tensors"
-        compiled,kind = self.step.is_due,formula_key(self.step, scalars)
+        compiled,kind = self.step.is_due and not self.key.one_by_one,formula_key(self.step, scalars)
         if (compiled,kind) not in self._forms:
             if len(self._forms) >= 16: self._forms.clear()  # an `int` constant may have another value at every step
-            self._forms[compiled,kind] = self._make_form(scalars, flags, compiled)
+            self._forms[compiled,kind] = form = self._make_form(scalars, flags, compiled)
+            if self.key.one_by_one: self._rehearse(form.call, grads, scalars)
         return self._forms[compiled,kind]
 
     @lasting()
     def _make_form(self, scalars, flags, compiled):
         step,key = self.step,self.key
-        gaps = 'the parameters have gaps in memory' if key.mesh is None else 'the kernels take no distributed tensors'
-        v = verdict(step, self.states, key.device, key.dtype, scalars, flags, compiled, '' if key.fusable else gaps)
+        v = verdict(step, self.states, key.device, key.dtype, scalars, flags, compiled, key.why_not_fusable)
         most = max_elements(step.elementwise, v.passes, v.allocates) if key.cuttable else unlimited
         batches = cut(self.sizes, most, key.cuttable and step.elementwise)
         keep = step.to_script if compiled else list
         fixed = [keep(self._split(batches, ts)) for ts in self.columns]
-        return Form(v.why, batches, fixed, step.batched(self.states, compiled))
+        call = step.batched(self.states, compiled)
+        return Form(v.why, batches, fixed, _one_by_one(call) if key.one_by_one else call)
+
+    def _rehearse(self, call, grads, scalars):
+        "Raise `TypeError` if copies of the tensors, the first of each class, cannot take the step"
+        columns = [self.columns[0], [grads[s.index] for s in self.slots], *self.columns[1:]]
+        classes = [tuple(type(c[k]) for c in columns) for k,_ in enumerate(self.slots)]
+        for k in {c:k for k,c in [*enumerate(classes)][::-1]}.values():
+            try: copies = [c[k:k+1].clone() if isinstance(c, Tensor) else [_copied(c[k])] for c in columns]
+            except Exception: continue  # what cannot be copied cannot be tried
+            try: call(*([c] for c in copies), *scalars.values())
+            except Exception as e:
+                raise TypeError(f"{self.slots[k].name} is a `{classes[k][0].__name__}`, its gradient a "
+                                f"`{classes[k][1].__name__}`, which `{self.step.__name__}` cannot work with: {e}") from e
 
     def _split(self, batches, ts):
         if self.flattened and not isinstance(ts, Tensor): ts = [flat_view(self._local(t)) for t in ts]
@@ -206,7 +239,8 @@ def lists(self:Bucket,
     "Batches of parameters, gradients and each state, as `form.call` takes them"
     gs = [grads[s.index] for s in self.slots]
     for k in self.restrided: gs[k] = gs[k].as_strided(self.slots[k].param.shape, self.slots[k].grad_strides)
-    if self.key.grad_copy_group: gs = [torch.empty_like(s.param).copy_(g) for s,g in zip(self.slots, gs)]
+    if self.key.grad_copy_group:
+        gs = [torch.empty_like(s.param, dtype=g.dtype).copy_(g) for s,g in zip(self.slots, gs)]
     params,*state = form.fixed
     return [params, self._split(form.batches, gs), *state]
 
@@ -249,8 +283,8 @@ def _without_storage(t):
     return t.shape,t.stride(),t is shard or shard.data_ptr(),*placements
 
 def _kinds(grads):
-    "What of a gradient can change only with it; its dtype is its parameter's"
-    return [g is None or (g.dtype,g.is_neg()) for g in grads]
+    "What of a gradient can change only with it"
+    return [g is None or (type(g),g.dtype,g.is_neg(),g._is_zerotensor()) for g in grads]
 
 class Fingerprint:
     "What a plan depends on, except gradient identity"
@@ -282,6 +316,7 @@ class Fingerprint:
         "Columns that have to be equal"
         grads = [g for g in x.grads if g is not None]
         return dict(
+            inference         = torch.is_inference_mode_enabled(),
             groups            = _each(len, x.groups),
             do_wd             = [st.get('do_wd', True) for st in self.stored],
             steps             = self.counts_steps or [st.get('step', 0) for st in self.stored],
@@ -333,11 +368,17 @@ class Fingerprint:
 def _needs_copy(p, g, dense):
     "Whether the gradient must be copied into the parameter's layout"
     if getattr(g, 'placements', None) != getattr(p, 'placements', None): return True
-    return g.is_neg() or dense and significant_strides(to_local(g)) != significant_strides(to_local(p))
+    return g.is_neg() or g._is_zerotensor() or dense and significant_strides(to_local(g)) != significant_strides(to_local(p))
+
+def _why_not_fusable(p, g, lists, dense, sharded):
+    "Why the fused kernels cannot take a parameter, empty if they can"
+    if not lists: return 'a class of tensors that takes its calls one by one'
+    if not dense: return 'the parameters have gaps in memory'
+    if not sharded and hasattr(p, 'device_mesh'): return 'the kernels take no distributed tensors'
+    return '' if p.dtype == g.dtype else f'gradients of {str(g.dtype)[6:]}'
 
 class Plan:
     "Buckets of all parameters that have a gradient; raises if one of them cannot take a step"
-    @lasting()
     def __init__(self,
         step:JitStep, # Their step
         states:tuple, # Names of the state that it uses
@@ -347,11 +388,11 @@ class Plan:
         takes_step = [g is not None and p.numel() > 0 for p,g in zip(x.params, x.grads)]
         self.with_step,self.without_step = ([i for i,t in enumerate(takes_step) if t is o] for o in (True,False))
         self._validate(x)
-        self.buckets = [Bucket(step, key, slots) for key,slots in self._sort(states, x).items()]
+        with lasting(): self.buckets = [Bucket(step, key, slots) for key,slots in self._sort(states, x).items()]
         slots = sorted((s for b in self.buckets for s in b.slots), key=lambda s: s.index)
         state = [(f'state `{n}` of {s.name}',t) for s in slots for n,t in s.state.items()]
         self.written = WrittenMemory([(s.name,s.param) for s in slots] + state)
-        self._with_storage = [i for i in self.with_step if has_storage(x.params[i])]
+        self._with_storage = [i for i in self.with_step if has_storage(x.params[i]) and has_storage(x.grads[i])]
         self.check_grads_disjoint(x.grads)
 
     def _validate(self, x):
@@ -376,7 +417,7 @@ class Plan:
         if not f.matches(x): return False
         moved = f.addresses_of(x.grads) != f.addresses
         if not moved and f.knows(x.grads): return True
-        if _kinds(x.grads) != f.kinds: return False
+        if moved and 0 in f.addresses_of(x.grads) or _kinds(x.grads) != f.kinds: return False
         if moved: self.check_grads_disjoint(x.grads)
         f.remember(x.grads)
         return True
@@ -409,9 +450,10 @@ def _sort(self:Plan, states, x):
         if p in x.state and (twin := owners.setdefault(id(stored), name)) is not name:
             raise ValueError(f"{name} and {twin} have one and the same dict as state: give each its own.")
         check_step_count(stored.get('step', 0), name)
-        mesh,dense = getattr(p, 'device_mesh', None),is_dense(to_local(p))
+        lists = all(map(takes_lists, (p, g, *(t for t in stored.values() if isinstance(t, Tensor)))))
+        mesh,dense = getattr(p, 'device_mesh', None),lists and is_dense(to_local(p))
         sharded = mesh is not None and step.elementwise
-        dense_cpu = is_dense_cpu(to_local(p) if sharded else p)
+        dense_cpu = lists and is_dense_cpu(to_local(p) if sharded else p)
         copy = _needs_copy(p, g, dense)
         if copy: copied += p.numel()
         slot = Slot(i, name, p, stored)
@@ -420,10 +462,12 @@ def _sort(self:Plan, states, x):
         # on a CPU, strides of dimensions of size 1 do not matter
         strides_of = significant_strides if dense_cpu else Tensor.stride
         for n in states:
-            slot.add_state(n, x.lists[n][i] if n in x.lists else stored.get(n), n in step.scalar_state, strides_of)
+            t,like = (x.lists[n][i],p) if n in x.lists else (stored.get(n),g)
+            slot.add_state(n, t, like, n in step.scalar_state, strides_of)
         key = Key(group=groups[i], do_wd=stored.get('do_wd', True), steps_taken=stored.get('step', 0),
-                  fusable=dense and (sharded or mesh is None), cuttable=dense_cpu, sharded=sharded,
-                  single_thread=dense_cpu and i in small, dtype=p.dtype, device=p.device, mesh=mesh,
+                  why_not_fusable=_why_not_fusable(p, g, lists, dense, sharded), cuttable=dense_cpu, sharded=sharded,
+                  single_thread=dense_cpu and i in small, one_by_one=not lists, dtype=p.dtype, grad_dtype=g.dtype,
+                  device=p.device, mesh=mesh,
                   # gradients of a bucket are copied at once, so these are no larger than a batch
                   grad_copy_group=1 + copied//batch_size if copy else 0)
         res.setdefault(key, []).append(slot)
