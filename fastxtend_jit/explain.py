@@ -43,7 +43,7 @@ def _one_by_one(calls):
     "What is not done for lists of tensors, in a step where something is, the most frequent first"
     rest = Counter({c:n for c,n in calls.items() if _kind(c) == 'plain'})
     most = ', '.join(f'{n} {c}' for c,n in rest.most_common(3))
-    return f'{rest.total()} of {calls.total()} calls take no list of tensors, most of them {most}'
+    return f'{rest.total()} of {calls.total()} calls take no list of tensors, above all {most}'
 
 def _why(step, bucket, form, grads, scalars, calls):
     "Why `bucket` takes no faster path than that of `calls`"

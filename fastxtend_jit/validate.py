@@ -40,7 +40,7 @@ def as_scalar(
     wanted = {float:'a number', int:'a whole number', bool:'true or false'}[to]
     raise TypeError(f"{what} has to be {wanted}, but is {v!r}.")
 
-# %% ../nbs/03_validate.ipynb #dc8bc7f2
+# %% ../nbs/03_validate.ipynb #c1255f03
 def refuse_hyper(
     k:str, # Name of a hyper
     v:object, # What it was to be
@@ -53,7 +53,7 @@ def refuse_hyper(
     if k == 'mom' and isinstance(v, (list,tuple)) and len(v) == 2: hint = ": PyTorch's `betas` are `mom` and `sqr_mom`"
     raise TypeError(f"`{k}` has to be {takes}, but is {v!r}{hint}.") from None
 
-# %% ../nbs/03_validate.ipynb #32e5f943
+# %% ../nbs/03_validate.ipynb #a960cb88
 _senseless = dict(mom=lambda v: v > 1, sqr_mom=lambda v: not 0 <= v <= 1, eps=lambda v: v < 0)
 
 def warn_of_hypers(
@@ -187,7 +187,7 @@ def refuse_state_dict(
 ):
     "Raise `ValueError` for a state dict; warn as well where fastai's `load_model` would keep the reason to itself"
     msg = f"This state does not fit the optimizer, which was left as it was: {msg}"
-    def swallows(frame): return frame.f_code.co_name == 'load_model' and frame.f_globals['__name__'] == 'fastai.learner'
+    def swallows(frame): return (frame.f_code.co_name,frame.f_globals.get('__name__')) == ('load_model','fastai.learner')
     if any(swallows(frame) for frame,_ in walk_stack(None)): warnings.warn(msg)
     raise ValueError(msg)
 

@@ -74,7 +74,7 @@ def test_explain_norms():
             if not c.startswith(('_fused_','_foreach_')): del by_list[c]
         fused = any(c.startswith('_fused_') for c in by_list)
         assert at == ('fused in part' if fused and dots else 'fused' if fused else 'foreach')
-        words = f'{total-by_list.total()} of {total} calls take no list of tensors, most of them '
+        words = f'{total-by_list.total()} of {total} calls take no list of tensors, above all '
         assert (words in why and f'{dots} dot' in why) if dots else 'take no list' not in why
         if at == 'fused': assert why == ''
     assert {c.jit for c in ALL if 'dot' in str(path(explained(c)))} == {larc_jit,lamb_jit,stableadam_jit}
