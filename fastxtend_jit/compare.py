@@ -8,10 +8,11 @@ Docs: https://fastxtend.github.io/fastxtend_jit/compare.html.md"""
 __all__ = []
 
 # %% ../nbs/20_compare.ipynb #c05f9a38
-import itertools
+import copyreg,inspect,itertools,warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from types import ModuleType
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -20,9 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from fastcore.basics import GetAttr,patch,store_attr
 from fastai.callback.core import Callback,CancelFitException
-from fastai.learner import Learner
+from fastai.learner import Learner,Recorder
 from fastai.torch_core import get_random_states,set_random_states,to_cpu
 
 from .parity import WholeTable
@@ -32,23 +34,76 @@ from .calls import clock
 
 # %% ../nbs/20_compare.ipynb #8f6a0d25
 @contextmanager
-def _copies_computed_tensors():
-    "Let `deepcopy` copy tensors that were computed with gradients, which PyTorch refuses; the copies have no history"
-    # Training leaves such tensors behind in some models: AWD-LSTM keeps its dropped-out weights
+def _copies_more():
+    "Let `deepcopy` copy what training leaves behind in a Learner, and refer to Python's modules as functions do"
+    # AWD-LSTM keeps its dropped-out weights, which PyTorch refuses to copy; the copies have no history
     copy_tensor = Tensor.__deepcopy__
     def copy_detached(t, memo): return copy_tensor(t if t.is_leaf else t.detach(), memo)
-    with mock.patch.object(Tensor, '__deepcopy__', copy_detached): yield
+    # a DataLoader with persistent workers keeps them; without, the copy starts its own
+    def no_workers(it, memo): return None
+    with (mock.patch.object(Tensor, '__deepcopy__', copy_detached),
+          mock.patch.object(_BaseDataLoaderIter, '__deepcopy__', no_workers, create=True),
+          mock.patch.dict(copyreg.dispatch_table, {ModuleType: lambda m: m.__name__})): yield
 
-def _copy(learn):
-    "A copy of `learn`, which shares with it nothing but the items of its datasets"
+def _shared(learn):
+    "What copies share with `learn`, as a memo for `deepcopy`"
     datasets = [getattr(dl, 'dataset', None) for dl in learn.dls.loaders]
     # to iterate over an `IterableDataset` may change it
-    shared = {id(ds):ds for ds in datasets if hasattr(ds, '__getitem__') and not isinstance(ds, IterableDataset)}
-    with _copies_computed_tensors(): res = deepcopy(learn, shared)
+    shared = [ds for ds in datasets if hasattr(ds, '__getitem__') and not isinstance(ds, IterableDataset)]
+    # where an epoch was broken off, as by `lr_find`, fastai's DataLoader has an iterator that nobody takes up again
+    broken_off = [vars(dl).get('it') for dl in learn.dls.loaders]
+    return {id(o):o for o in (*shared, *broken_off, learn.logger)}
+
+def _fault(o, name, memo):
+    "What in `o` cannot be copied, by name, and why; empty if all can"
+    try: deepcopy(o, {**memo}); return ''
+    except Exception as e: why = f'`{name}` ({type(e).__name__}: {e})'
+    parts = {f'{name}.{n}':v for n,v in getattr(o, '__dict__', {}).items()}
+    if isinstance(o, dict):         parts = {f'{name}[{k!r}]':v for k,v in o.items()}
+    if isinstance(o, (list,tuple)): parts = {f'{name}[{i}]':v for i,v in enumerate(o)}
+    found = (_fault(v, n, {**memo, id(o):o}) for n,v in parts.items() if id(v) not in memo)
+    return next(filter(None, found), why)
+
+def _copy(learn, left_out=()):
+    "A copy of `learn` without `left_out`; raises `TypeError` that names what cannot be copied"
+    memo = _shared(learn) | {id(o):o for o in left_out}
+    with _copies_more():
+        try: res = deepcopy(learn, {**memo})
+        except Exception as e:
+            parts = sorted(learn.__getstate__().items(), key=lambda o: o[0] == 'cbs')  # callbacks have names, too
+            found = (_fault(v, f'learn.{n}', {**memo, id(learn):learn}) for n,v in parts)
+            raise TypeError("`compare_opt` trains copies of the Learner, and cannot copy "
+                            f"{next(filter(None, found), e)}. Training may need it: give it a method `__deepcopy__`, "
+                            "or take it out meanwhile, a callback by `learn.removed_cbs`.") from e
+    for n,v in [*vars(res).items()]:
+        if any(v is o for o in left_out): delattr(res, n)
+    for os in (res.cbs,res.metrics): os[:] = [o for o in os if not any(o is v for v in left_out)]
     # `deepcopy` leaves out gradients. With an old one of zeros, fastai goes on to decay a frozen parameter
     for p,copied in zip(learn.model.parameters(), res.model.parameters()):
         copied.grad = None if p.grad is None else p.grad.clone()
     return res
+
+# %% ../nbs/20_compare.ipynb #1d15132f
+# In these events a callback may change what is learned. Later ones see it; fastai's loggers stand behind its Recorder
+_changing = 'before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step'
+
+def _looks_on(cb):
+    return cb.order > Recorder.order or not any(hasattr(type(cb), e) or e in vars(cb) for e in _changing)
+
+def _left_out(learn):
+    "What of `learn` the copies go without, with a warning, since it cannot be copied; and the progress bar, without"
+    needed = {*inspect.signature(Learner).parameters, 'opt', '_metrics', 'logger'}
+    extra = {f'learn.{n}':v for n,v in learn.__getstate__().items()
+             if n not in needed and not isinstance(v, Callback)}
+    extra |= {f'learn.{cb.name}':cb for cb in learn.cbs if _looks_on(cb)}
+    extra |= {f'learn.metrics[{i}]':m for i,m in enumerate(learn.metrics)}
+    memo,faults = _shared(learn) | {id(o):o for o in (learn, *vars(learn).values(), *learn.cbs, *learn.metrics)},{}
+    with _copies_more():
+        for n,o in extra.items():
+            if n != 'learn.progress' and (f := _fault(o, n, {k:v for k,v in memo.items() if v is not o})): faults[n] = f
+    if faults: warnings.warn("`compare_opt` trains copies of the Learner without what cannot be copied and does not "
+                             f"change training: {', '.join(faults.values())}.", stacklevel=3)
+    return [extra[n] for n in (*faults, 'learn.progress') if n in extra]
 
 # %% ../nbs/20_compare.ipynb #93afaa74
 class _Batches(GetAttr):
@@ -58,9 +113,9 @@ class _Batches(GetAttr):
     def __len__(self): return self.n
     def __iter__(self): return map(deepcopy, itertools.islice(itertools.cycle(self.batches), self.n))
 
-def _load(learn, n):
+def _load(learn, n, left_out=()):
     "Up to `n` batches of the training data, on the CPU"
-    res = [to_cpu(b) for b in itertools.islice(_copy(learn).dls.train, n)]
+    res = [to_cpu(b) for b in itertools.islice(_copy(learn, left_out).dls.train, n)]
     if not res: raise ValueError("The training DataLoader gives no batch: is it smaller than one batch?")
     return res
 
@@ -98,11 +153,10 @@ def _weights(opt):
     "Copies of the parameters of each group, without empty ones"
     return [[p.detach().to('cpu', torch.float64, copy=True) for p in pg if p.numel()] for pg in opt.param_lists]
 
-def _contestant(learn, jit, batches, steps):
+def _contestant(learn, jit, batches, steps, left_out=()):
     "A copy of `learn` with our optimizer, if `jit`, or fastai's; it takes `steps` steps an epoch and shows nothing"
-    res = _copy(learn)
+    res = _copy(learn, left_out)
     res = res.to_jit() if jit else res.to_native()
-    if hasattr(res, 'progress'): res.remove_cb(res.progress)
     # callbacks that save, log or stop see by these that this training does not count
     res.lr_finder = res.gather_preds = True
     res.dls.loaders[0] = _Batches(res.dls.train, batches, steps)
@@ -187,8 +241,9 @@ def compare_opt(self:Learner,
     if steps < 1: raise ValueError(f"`steps` has to be at least 1, but is {steps}.")
     rng = get_random_states()
     try:
-        batches = _load(self, steps)
-        runs = [_train(_contestant(self, jit, batches, steps), lr, rng) for jit in (False,True)]
+        left_out = _left_out(self)
+        batches = _load(self, steps, left_out)
+        runs = [_train(_contestant(self, jit, batches, steps, left_out), lr, rng) for jit in (False,True)]
     finally: set_random_states(**rng)
     if show: _plot(*runs)
     res = _table(*runs)

@@ -8,9 +8,12 @@ Docs: https://fastxtend.github.io/fastxtend_jit/explain.html.md"""
 __all__ = []
 
 # %% ../nbs/21_explain.ipynb #9258b611
+from collections import Counter
+
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastai.learner import Learner
 
 from .parity import WholeTable
 from .optimizer import JitOptimizer
@@ -24,16 +27,33 @@ def _rehearse(f, device, *args):
     with same_random(device), Rehearsal() as r: f(*args)
     return r
 
-def _path(calls): return next((n for n in ('fused','foreach') if any(c.startswith(f'_{n}_') for c in calls)), 'plain')
+# These compute nothing: they make a tensor for a number or a result, or lay one out anew
+_moves = 'full','full_like','empty','empty_like','zeros','zeros_like','copy_','clone'
+
+def _kinds(calls): return {n:_kind(n) for n in calls if n not in _moves}
+def _kind(name): return next((k for k in ('fused','foreach') if name.startswith(f'_{k}_')), 'plain')
+
+def _path(calls):
+    kinds = {*_kinds(calls).values()}
+    if 'fused' in kinds: return 'fused in part' if 'plain' in kinds else 'fused'
+    return 'foreach' if 'foreach' in kinds else 'plain'
 
 # %% ../nbs/21_explain.ipynb #afccf2cc
-def _why(step, bucket, form, grads, scalars, path):
-    "Why `bucket` takes no faster path"
+def _one_by_one(calls):
+    "What is not done for lists of tensors, in a step where something is, the most frequent first"
+    rest = Counter({c:n for c,n in calls.items() if _kind(c) == 'plain'})
+    most = ', '.join(f'{n} {c}' for c,n in rest.most_common(3))
+    return f'{rest.total()} of {calls.total()} calls take no list of tensors, above all {most}'
+
+def _why(step, bucket, form, grads, scalars, calls):
+    "Why `bucket` takes no faster path than that of `calls`"
     later = lambda: _path(_rehearse(bucket.run, bucket.key.device, form, grads, {**scalars, 'step':10_000}).calls)
-    if path == 'fused': why = []
+    path = _path(calls)
+    if path.startswith('fused'): why = []
     elif form.why: why = [form.why]
     elif 'step' in scalars and later() == 'fused': why = ['fused from a later step on']
     else: why = ['no fused form for these hypers']
+    if path != 'plain' and 'plain' in _kinds(calls).values(): why.append(_one_by_one(calls))
     if bucket.key.grad_copy_group: why.append(f'copies {len(bucket.slots)} gradients')
     if step.is_due and not step.is_compiled: why.append('TorchScript cannot compile here')
     return '; '.join(why)
@@ -44,10 +64,10 @@ def _row(opt, bucket, form, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
     r = _rehearse(bucket.run, key.device, form, grads, scalars)
-    wd,path = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.,_path(r.calls)
+    wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.
     return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
-            'elements': sum(p.numel() for p in ps), 'batches': len(form.fixed[0]), 'path': path,
-            'why not faster': _why(opt.opt_step, bucket, form, grads, scalars, path), **_cost(r)}
+            'elements': sum(p.numel() for p in ps), 'batches': len(form.fixed[0]), 'path': _path(r.calls),
+            'why not faster': _why(opt.opt_step, bucket, form, grads, scalars, r.calls), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
@@ -63,3 +83,13 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
         why = 'a lookahead, after the step'
         rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})
     return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))
+
+@patch
+def explain(self:Learner) -> pd.DataFrame:  # noqa: F811
+    "`learn.opt.explain()`; raises `RuntimeError` without an optimizer, `TypeError` with one that is not ours"
+    if self.opt is None:
+        raise RuntimeError("This Learner has no optimizer yet, and so no step to explain: `fit` makes it.")
+    if not hasattr(self.opt, 'explain'):
+        raise TypeError(f"This Learner trains with a `{type(self.opt).__name__}`, whose steps cannot be explained: "
+                        "switch to one of ours by `learn.to_jit()`, and train for a batch.")
+    return self.opt.explain()

@@ -26,7 +26,7 @@ from .memory import lasting,takes_lists
 from .plan import Inputs,Key,Plan
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
-from .validate import as_scalar,check_state_dict,refuse_arguments
+from .validate import as_scalar,check_state_dict,refuse_arguments,refuse_hyper,warn_of_hypers
 
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
@@ -71,15 +71,26 @@ class JitOptimizer(Optimizer):
                     raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: "
                                     "pass a list of parameters, or a list of lists of them.")
         self.set_hypers(**hypers)
+        warn_of_hypers(step.__name__, self.hypers)
         self._set_consts({'decouple_wd':False, **step.defaults, **consts}, decouple_wd)
         try: scalars = self._scalars(Key(), **{n: getattr(self, n, False) for n in {*self._engine_args}-{*ENGINE_ARGS}})
         except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
         if step.lazy: return
         for check in (check_compiled,check_written): check(step, self.state_names, scalars, self._flags)
 
+    def set_hyper(self,
+        k, # Hyperparameter key
+        v # One value, one for each parameter group, or a slice
+    ):
+        "Set a hyper of all groups; raises `TypeError`, before it changes one, for what is no number"
+        try: super().set_hyper(k, v)
+        except (AssertionError,TypeError): refuse_hyper(k, v, len(self.param_lists))
+
     def _set_hyper(self, k, v):
         step = self.opt_step
-        if k not in step.hypers and k not in FASTAI_HYPERS:
+        if k in step.hypers or k in FASTAI_HYPERS:
+            for o in v: as_scalar(o, float, k)
+        else:
             uses = ', '.join(n for n in step.hypers if n not in self._engine_args)
             warnings.warn(f"`{step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
         super()._set_hyper(k, v)

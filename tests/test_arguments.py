@@ -1,8 +1,11 @@
 "Arguments of optimizers: of which type, from where, and when they may change"
+import inspect,warnings
 from copy import copy
 from functools import partial
+from math import inf,nan
 from typing import List
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor,nn
@@ -67,9 +70,89 @@ def test_default_of_decouple_wd():
 def test_pytorch_names(make):
     "What PyTorch calls its arguments is translated"
     says = f'`{make.__name__}` takes no amsgrad, betas, weight_decay; it takes params, lr, .*wd.*' \
-           '`weight_decay` is `wd` in fastai. `betas` is `mom` and `sqr_mom` in fastai'
+           '`betas` is `mom` and `sqr_mom` in fastai. `weight_decay` is `wd` in fastai. `amsgrad` is a formula that'
     with pytest.raises(TypeError, match=says):
         make(parameters((2,)), lr=0.1, weight_decay=0.1, betas=(0.9,0.99), amsgrad=True)
+
+@pytest.mark.parametrize('name,says', [('momentum','is `mom` in fastai'), ('maximize','negate the loss'),
+    *((n,'leave it out') for n in ('amsgrad','nesterov','dampening','centered')),
+    *((n,'has no need here') for n in ('fused','foreach','capturable','differentiable'))])
+def test_arguments_of_pytorch(name, says):
+    "Through every factory, and where a step is given"
+    given = [partial(cls, opt_step=adam_jit_step) for cls in (JitOptimizer,JitLookahead)]
+    for make in [*(j for _,j in PAIRS+OTHERS), *given]:
+        with pytest.raises(TypeError, match=f'takes no {name}; it takes .*`{name}` .*{says}'):
+            make(parameters((2,)), lr=0.1, **{name:True})
+
+@pytest.mark.parametrize('make', [j for _,j in PAIRS+OTHERS], ids=lambda f: f.__name__)
+def test_decouple_wd_by_position(make):
+    "As by name: `None` is L2, as fastai has it"
+    ps = [p for p in inspect.signature(make).parameters.values() if p.kind is not p.KEYWORD_ONLY][2:]
+    by_position = [p.name for p in ps][-1:] == ['decouple_wd']
+    assert by_position == (make is not ranger_jit)  # fastai's takes it by name alone
+    for v,is_decoupled in ((None,False),(False,False),(0,False),(True,True)):
+        assert make(parameters((2,)), 0.1, decouple_wd=v).decouple_wd is is_decoupled
+        if by_position: assert make(parameters((2,)), 0.1, *[p.default for p in ps[:-1]], v).decouple_wd is is_decoupled
+    with pytest.raises(TypeError, match=f'{make.__name__}.*positional'):
+        make(parameters((2,)), 0.1, *[p.default for p in ps], 1)
+
+# --- Hypers
+
+TAKEN = dict(number=0.1, int=1, bool=True, tuple=(0.1,0.2), list=[0.1,0.2], of_one=[0.1], end=slice(0.1),
+             slice=slice(0.01,0.1), tensor=torch.tensor([0.1,0.2]), array=np.array([0.1,0.2]),
+             tensors=[torch.tensor(0.1)]*2, numbers=[np.float32(0.1)]*2, range=range(1,3))
+REFUSED = dict(none=None, tensor=torch.tensor(0.1), of_one=torch.tensor([0.1]), number=np.float64(0.1),
+               array=np.array(0.1), three=[0.1,0.2,0.3], empty=[], slice=slice(None), start=slice(0.1,None),
+               string='0.1', strings=['a','b'], nested=[[0.1],[0.2]], one_none=[None,0.1],
+               complex=1j, dict={'a':1}, function=len)
+
+def two_groups(): return [[p] for p in parameters((2,), (3,))]
+
+@pytest.mark.parametrize('v', TAKEN.values(), ids=TAKEN)
+def test_hypers_that_fastai_takes(v):
+    "Set in the same way, to the same numbers"
+    for name in ('lr','mom','wd'):
+        new = [f(two_groups(), **{'lr':0.1, name:v}) for f in (Adam,adam_jit)]
+        old = [f(two_groups(), lr=0.3) for f in (Adam,adam_jit)]
+        for o in old: o.set_hyper(name, v)
+        for theirs,ours in (new,old):
+            a,b = ([h[name] for h in o.hypers] for o in (theirs,ours))
+            assert a == b and [*map(type, a)] == [*map(type, b)]
+
+@pytest.mark.parametrize('v', REFUSED.values(), ids=REFUSED)
+def test_hypers_that_are_refused(v):
+    "What fastai cannot train with either; nothing has changed"
+    for name in ('lr','mom','wd'):
+        with pytest.raises(TypeError, match=f'`{name}` has to be a number, a list of 2 numbers.*but is'):
+            adam_jit(two_groups(), **{'lr':0.1, name:v})
+        with pytest.raises(Exception):
+            opt = Adam(two_groups(), **{'lr':0.1, name:v})
+            opt.step()
+        opt = adam_jit(two_groups(), lr=0.3)
+        before = [{**h} for h in opt.hypers]
+        with pytest.raises(TypeError, match=f'`{name}` has to be a number'): opt.set_hyper(name, v)
+        assert [{**h} for h in opt.hypers] == before
+
+def test_hypers_that_are_refused_say_more():
+    with pytest.raises(TypeError, match='has to be a number, but is .*`betas` are `mom` and `sqr_mom`'):
+        adam_jit(parameters((2,)), 0.1, (0.9,0.99))
+    for v in (torch.tensor(0.1),np.float64(0.1)):
+        with pytest.raises(TypeError, match=r'pass `float\(lr\)`'): adam_jit(parameters((2,)), v)
+    opt = sgd_jit(two_groups(), 0.1)
+    with pytest.warns(UserWarning, match='does not use the hyper `sqr_mom`'): opt.set_hyper('sqr_mom', 'a word')
+
+def test_hypers_that_make_no_sense():
+    "A warning where the optimizer is made, and no more: fastai trains with them"
+    senseless = [('lr',inf),('lr',nan),('wd',-inf),('mom',1.5),('sqr_mom',-0.1),('sqr_mom',1.5),('eps',-1.)]
+    odd = [('lr',0),('lr',-0.1),('wd',-0.1),('mom',0.),('mom',-0.5),('sqr_mom',0.),('eps',0.)]
+    for name,v in senseless:
+        with pytest.warns(UserWarning, match=f'`adam_jit_step` gets `{name}={v}`'):
+            opt = adam_jit(parameters((2,)), **{'lr':0.1, name:v})
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for name,v in odd: opt = adam_jit(parameters((2,)), **{'lr':0.1, name:v})
+        opt.set_hyper('lr', inf)  # a schedule may do what it likes
 
 class Mine(JitOptimizer):
     "A subclass whose constructor names hypers"

@@ -14,9 +14,10 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoader,DataLoaders
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
-from fastai.torch_core import params,set_seed
+from fastai.torch_core import params,set_seed,trainable_params
 
 from tests.cases import *
+from tests.learners import vision
 from tests.support import every,same,slow_but,snapshot,train,trained,twins
 
 MANY = ALL+TWO_AHEAD
@@ -232,6 +233,22 @@ def test_state_dict(case, what):
     assert sd.keys() == given.keys()
     train([opt,ref], range(5, 9))
     assert same(snapshot(opt), snapshot(ref))
+
+def test_learner_says_why_it_did_not_load(tmp_path):
+    "fastai's `load` warns that it could not, and keeps the error to itself: our warning comes before it"
+    a,b = vision(adam_jit, tmp_path),vision(adam_jit, tmp_path)
+    b.splitter = trainable_params
+    for learn in (a,b): learn.fit(1)
+    a.save('a')
+    before = snapshot(b.opt)
+    with pytest.warns(UserWarning) as seen: b.load('a')
+    said = [str(w.message) for w in seen if 'numpy' not in str(w.message)]
+    assert len(said) == 2 and 'Could not load' in said[1]
+    assert 'does not fit the optimizer' in said[0] and '3 parameter groups' in said[0]
+    assert same(snapshot(b.opt)['state'], before['state'])
+    with warnings.catch_warnings():  # who asks the optimizer gets the error alone
+        warnings.simplefilter('error')
+        with pytest.raises(ValueError, match='3 parameter groups'): b.opt.load_state_dict(a.opt.state_dict())
 
 @every
 def test_load_what_is_no_state_dict(case):

@@ -1,5 +1,5 @@
 "`compare_opt`: it tells what is so, with any Learner, and leaves that as it was"
-import copy,random
+import copy,random,socket,sqlite3,threading,warnings
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.learners import equal,tabular,tensor_dls,text,vision
+from tests.learners import DataLoader,DataLoaders,equal,tabular,tensor_dls,text,vision
 from tests.cases import *
-from fastai.callback.all import CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,SaveModelCallback
+from fastai.callback.all import (Callback,CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,
+                                 ProgressCallback,SaveModelCallback)
+from fastai.learner import CancelFitException,Metric
 from fastai.torch_core import set_seed
 from fastxtend_jit.compare import _Run,_table
 from tests import engine
@@ -75,9 +77,124 @@ def test_compare_with_callbacks(tmp_path):
     learn = vision(Adam, tmp_path)
     learn.add_cbs([GradientClip(0.1), GradientAccumulation(16), SaveModelCallback(monitor='valid_loss', with_opt=True),
                    CSVLogger(), EarlyStoppingCallback()])
-    df = compared(learn, 8)
+    df = compared(learn, 8)  # a CSVLogger that has no file yet can be copied
     assert alike(df, 1e-10) and len(df.attrs['seconds']['Adam']['optimizer step']) == 4
     assert not list(tmp_path.rglob('*'))
+
+# --- What cannot be copied
+
+class Looker(Callback):
+    "Looks on; what it holds counts its batches"
+    def __init__(self, holds): self.holds,self.batches = holds,0
+    def after_batch(self): self.batches += 1
+class Late(Looker):
+    "Has an event in which others change training, but after the Recorder"
+    order = 51
+    def before_batch(self): self.batches += 100
+class Changer(Looker):
+    def before_step(self): self.batches += 100
+
+def generator(): yield 1
+def file(path): return open(path/'log.txt', 'w')
+def thread(path): return threading.Thread(target=print)
+OPEN = dict(lock=lambda path: threading.Lock(), file=file, connection=lambda path: sqlite3.connect(':memory:'),
+            socket=lambda path: socket.socket(), thread=thread, generator=lambda path: generator(),
+            nested=lambda path: [dict(a=generator())])
+
+@pytest.mark.parametrize('cls', [Looker,Late])
+@pytest.mark.parametrize('what', OPEN)
+def test_compare_without_lookers(what, cls, tmp_path):
+    "A callback that holds what cannot be copied, and only looks on, is left out, with a note"
+    learn = vision(Adam, tmp_path)
+    cb = cls(OPEN[what](tmp_path))
+    learn.add_cb(cb)
+    with pytest.warns(UserWarning, match=f'without what cannot be copied.*`learn.{cb.name}.holds') as notes:
+        assert alike(compared(learn), 1e-10)
+    assert sum('compare_opt' in str(w.message) for w in notes) == 1
+    assert cb.batches == 0 and getattr(learn, cb.name) is cb and cb.learn is learn
+
+@pytest.mark.parametrize('what', OPEN)
+def test_compare_refuses_to_leave_out_what_changes_training(what, tmp_path):
+    learn = vision(Adam, tmp_path)
+    learn.add_cb(Changer(OPEN[what](tmp_path)))
+    before = all_of(learn)
+    with pytest.raises(TypeError, match='cannot copy `learn.changer.holds.*removed_cbs'): learn.compare_opt(2)
+    after = all_of(learn)
+    assert not [k for k in before if not equal(before[k], after[k])] and learn.changer.batches == 0
+
+def test_compare_names_what_training_needs(tmp_path):
+    "Wherever it is: in the model, the loss function, the data"
+    def in_model(learn): learn.model[1].log = generator()
+    def in_loss(learn): learn.loss_func = partial(learn.loss_func.__call__); learn.loss_func.log = generator()
+    def in_data(learn): learn.dls.loaders[0].log = [generator()]
+    def in_opt(learn): learn.create_opt(); learn.opt.log = {'a':generator()}
+    for put,name in ((in_model,r"learn.model._modules\['1'\].log"), (in_loss,'learn.loss_func.log'),
+                     (in_data,r'learn.dls.loaders\[0\].log\[0\]'), (in_opt,r"learn.opt.log\['a'\]")):
+        learn = vision(Adam, tmp_path)
+        put(learn)
+        with pytest.raises(TypeError, match=f"cannot copy `{name}` .*'generator'"): learn.compare_opt(2)
+
+def test_compare_shares_modules(tmp_path):
+    "Of Python: as it does functions"
+    learn = vision(Adam, tmp_path).add_cb(Changer(torch))
+    learn.model.library = torch
+    assert alike(compared(learn), 1e-10)
+
+class Held(Metric):
+    name = 'held'
+    def __init__(self): self.held = generator()
+    def accumulate(self, learn): pass
+    def reset(self): pass
+    value = 0.
+
+def test_compare_without_metrics_and_extras(tmp_path):
+    learn = vision(Adam, tmp_path, metrics=Held())
+    learn.run,metrics = generator(),learn.metrics
+    with pytest.warns(UserWarning, match=r'`learn.run`.*`learn.metrics\[0\].held`'): compared(learn)
+    assert learn.metrics is metrics and len(metrics) == 1 and learn.run is not None
+
+@pytest.mark.parametrize('open_still', [False,True])
+def test_compare_after_csv_logger(open_still, tmp_path):
+    "Closed after training, and still open where that was interrupted"
+    class Stop(Callback):
+        def after_batch(self):
+            if open_still: raise KeyboardInterrupt
+    learn = vision(Adam, tmp_path).add_cb(CSVLogger())
+    try: learn.fit(1, cbs=Stop())
+    except KeyboardInterrupt: pass
+    learn.remove_cbs(Stop)
+    file,text = learn.csv_logger.file,(tmp_path/'history.csv').read_text()
+    with pytest.warns(UserWarning, match='`learn.csv_logger.file`'): assert alike(compared(learn), 1e-10)
+    assert learn.csv_logger.file is file and file.closed != open_still
+    assert (tmp_path/'history.csv').read_text() == text
+
+def test_compare_after_training_was_broken_off(tmp_path):
+    "As by `lr_find`: a bar and an iterator stay behind, which are generators"
+    def cancel(): raise CancelFitException
+    learn = vision(Adam, tmp_path)
+    items = list(learn.dls.loaders[0].dataset)
+    class Items(list):
+        def __iter__(self): return (o for o in items)
+    learn.dls.loaders[0].dataset = Items(items)
+    learn.add_cb(ProgressCallback)
+    learn.fit(1, cbs=Callback(after_batch=lambda self: cancel()))
+    assert isinstance(vars(learn.dls.loaders[0])['it'], type(generator())) and learn.progress.pbar is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert alike(compared(learn), 1e-10)
+
+@pytest.mark.parametrize('cls', [DataLoader,torch.utils.data.DataLoader])
+def test_compare_with_workers(cls, tmp_path):
+    "Workers that persist are the Learner's; copies have their own"
+    learn = vision(Adam, tmp_path)
+    kw = dict(num_workers=1, persistent_workers=True, pin_memory=torch.cuda.is_available())
+    kw['bs' if cls is DataLoader else 'batch_size'] = 8
+    learn.dls = DataLoaders(*[cls(dl.dataset, **kw) for dl in learn.dls.loaders], device='cpu')
+    next(iter(learn.dls.loaders[0]))
+    old = getattr(learn.dls.loaders[0], '_iterator', None)
+    df = learn.compare_opt(2, show=False)
+    assert alike(df, 1e-10) and getattr(learn.dls.loaders[0], '_iterator', None) is old
+    assert cls is DataLoader or old._workers[0].is_alive()
 
 def test_compare_dropout(tmp_path):
     learn = vision(Adam, tmp_path)

@@ -11,6 +11,7 @@ from fastxtend_jit.step import jit_step
 from fastxtend_jit.calls import Calls
 from tests import engine
 from tests.cases import *
+from tests.learners import vision
 from tests.support import cases,new_grads,parameters,params_of,regroup,same,snapshot
 
 def explained(case, dtype=torch.float32, steps=1, shapes=((300,40),(40,),(8,4,3,3))):
@@ -61,6 +62,32 @@ def test_explain_says_why(monkeypatch):
     assert path(explained(adam, torch.bfloat16)) == ['foreach','no fused kernel for bfloat16 on cpu']
     engine.run_uncompiled(monkeypatch, adam_jit_step)
     assert path(explained(adam))[1] == 'no fused kernel for bfloat16 on cpu; TorchScript cannot compile here'
+
+def test_explain_norms():
+    "What norms cost each tensor is told, of any step, by what it calls"
+    for case in ALL:
+        opt = explained(case, steps=9, shapes=[(4,5)]*9)
+        at,why = path(opt)
+        with Calls() as real: opt.step()
+        dots,total,by_list = real.calls['dot'],real.calls.total(),real.calls.copy()
+        for c in real.calls:
+            if not c.startswith(('_fused_','_foreach_')): del by_list[c]
+        fused = any(c.startswith('_fused_') for c in by_list)
+        assert at == ('fused in part' if fused and dots else 'fused' if fused else 'foreach')
+        words = f'{total-by_list.total()} of {total} calls take no list of tensors, above all '
+        assert (words in why and f'{dots} dot' in why) if dots else 'take no list' not in why
+        if at == 'fused': assert why == ''
+    assert {c.jit for c in ALL if 'dot' in str(path(explained(c)))} == {larc_jit,lamb_jit,stableadam_jit}
+
+def test_learner_explains(tmp_path):
+    learn = vision(Adam, tmp_path)
+    with pytest.raises(RuntimeError, match='no optimizer yet.*`fit` makes it'): learn.explain()
+    learn.fit(1)
+    with pytest.raises(TypeError, match='with a `Optimizer`.*`learn.to_jit'): learn.explain()
+    learn.to_jit()
+    with pytest.raises(RuntimeError, match='no step to explain yet'): learn.explain()
+    learn.fit(1)
+    assert learn.explain().equals(learn.opt.explain()) and len(learn.explain()) >= 3
 
 def test_explain_before_fused_was_tried(monkeypatch):
     "What a dry run only pretends to compute tells nothing about the kernels"
