@@ -10,7 +10,7 @@ __all__ = ['as_scalar', 'refuse_hyper', 'warn_of_hypers', 'refuse_arguments', 'f
            'refuse_state_dict', 'check_state_dict', 'check_slow_weights']
 
 # %% ../nbs/03_validate.ipynb #59869ffb
-import inspect,math,warnings
+import inspect,math,re,warnings
 from itertools import chain
 from functools import cache,wraps
 from numbers import Real
@@ -33,10 +33,10 @@ def as_scalar(
     "`v` as a scalar of type `to`; raises `TypeError` if it is none"
     if type(v) is to is not int: return v
     try:
-        if to is float and not isinstance(v, str): return float(v)
+        if to is float and not isinstance(v, (str,bytes,bytearray)): return float(v)
         if to is int and -2**63 <= index(v) < 2**63: return index(v)
         if to is bool and hasattr(v, '__bool__'): return bool(v)  # as fastai takes a constant, by its truth value
-    except (TypeError,ValueError,RuntimeError): pass
+    except (TypeError,ValueError,RuntimeError,OverflowError): pass
     wanted = {float:'a number', int:'a whole number', bool:'true or false'}[to]
     raise TypeError(f"{what} has to be {wanted}, but is {v!r}.")
 
@@ -50,7 +50,8 @@ def refuse_hyper(
     takes = 'a number'+(f', a list of {n} numbers, one for each parameter group, or a slice with an end' if n > 1 else '')
     # fastai takes the length of a tensor or an array, even where it is a single number
     hint = f": pass `float({k})`" if hasattr(v, 'item') and getattr(v, 'ndim', 1) == 0 else ''
-    if k == 'mom' and isinstance(v, (list,tuple)) and len(v) == 2: hint = ": PyTorch's `betas` are `mom` and `sqr_mom`"
+    if k == 'mom' and isinstance(v, (list,tuple)) and len(v) in (2,3):
+        hint = ": of PyTorch's `betas`, `mom` is the first, and the others are hypers of their own"
     raise TypeError(f"`{k}` has to be {takes}, but is {v!r}{hint}.") from None
 
 # %% ../nbs/03_validate.ipynb #a960cb88
@@ -66,8 +67,8 @@ def warn_of_hypers(
                           "No training can succeed with it.")
 
 # %% ../nbs/03_validate.ipynb #43759d6a
-_PYTORCH_NAMES = dict(betas='`mom` and `sqr_mom`', momentum='`mom`', weight_decay='`wd`', alpha='`sqr_mom`',
-                      decoupled_weight_decay='`decouple_wd`')
+_PYTORCH_NAMES = dict(betas=r'(\w+_)?mom', momentum='mom', weight_decay='wd', alpha='sqr_mom',
+                      decoupled_weight_decay='decouple_wd')  # the hypers in their place
 _PYTORCH_ONLY = {
     **dict.fromkeys(['fused','foreach','capturable','differentiable'], "has no need here: the step finds its fastest form"),
     **dict.fromkeys(['amsgrad','nesterov','dampening','centered'], "is a formula that fastai does not have: leave it out, "
@@ -80,7 +81,10 @@ def refuse_arguments(
     takes:list # Names that it takes
 ):
     "Raise `TypeError` that lists what `f` takes, and what to do about PyTorch's arguments"
-    also = ''.join(f" `{n}` is {_PYTORCH_NAMES[n]} in fastai." for n in sorted(unknown) if n in _PYTORCH_NAMES)
+    also = ''
+    for n in sorted(unknown):
+        ours = [f'`{t}`' for t in takes if re.fullmatch(_PYTORCH_NAMES.get(n, ''), t)]
+        if ours: also += f" `{n}` is {' and '.join(filter(None, (', '.join(ours[:-1]),ours[-1])))} here."
     also += ''.join(f" `{n}` {_PYTORCH_ONLY[n]}." for n in sorted(unknown) if n in _PYTORCH_ONLY)
     raise TypeError(f"`{f}` takes no {', '.join(sorted(unknown))}; it takes {', '.join(takes)}.{also}")
 

@@ -69,12 +69,18 @@ def test_default_of_decouple_wd():
 @pytest.mark.parametrize('make', [j for _,j in PAIRS+OTHERS], ids=lambda f: f.__name__)
 def test_pytorch_names(make):
     "What PyTorch calls its arguments is translated"
+    betas = {sgd_jit:'`mom`', larc_jit:'`mom`', lion_jit:'`mom` and `avg_mom`',
+             adan_jit:'`mom`, `diff_mom` and `sqr_mom`'}.get(make, '`mom` and `sqr_mom`')
     says = f'`{make.__name__}` takes no amsgrad, betas, weight_decay; it takes params, lr, .*wd.*' \
-           '`betas` is `mom` and `sqr_mom` in fastai. `weight_decay` is `wd` in fastai. `amsgrad` is a formula that'
+           f'`betas` is {betas} here. `weight_decay` is `wd` here. `amsgrad` is a formula that'
     with pytest.raises(TypeError, match=says):
         make(parameters((2,)), lr=0.1, weight_decay=0.1, betas=(0.9,0.99), amsgrad=True)
+    if make is ranger_jit: return  # takes an `alpha` itself
+    with pytest.raises(TypeError, match='takes no alpha; it takes ') as e: make(parameters((2,)), lr=0.1, alpha=0.99)
+    assert ('`alpha` is `sqr_mom` here' in str(e.value)) == ('sqr_mom' in inspect.signature(make).parameters)
+    assert str(e.value).count('alpha') == 1 + ('`alpha` is' in str(e.value))
 
-@pytest.mark.parametrize('name,says', [('momentum','is `mom` in fastai'), ('maximize','negate the loss'),
+@pytest.mark.parametrize('name,says', [('momentum','is `mom` here'), ('maximize','negate the loss'),
     *((n,'leave it out') for n in ('amsgrad','nesterov','dampening','centered')),
     *((n,'has no need here') for n in ('fused','foreach','capturable','differentiable'))])
 def test_arguments_of_pytorch(name, says):
@@ -103,8 +109,8 @@ TAKEN = dict(number=0.1, int=1, bool=True, tuple=(0.1,0.2), list=[0.1,0.2], of_o
              tensors=[torch.tensor(0.1)]*2, numbers=[np.float32(0.1)]*2, range=range(1,3))
 REFUSED = dict(none=None, tensor=torch.tensor(0.1), of_one=torch.tensor([0.1]), number=np.float64(0.1),
                array=np.array(0.1), three=[0.1,0.2,0.3], empty=[], slice=slice(None), start=slice(0.1,None),
-               string='0.1', strings=['a','b'], nested=[[0.1],[0.2]], one_none=[None,0.1],
-               complex=1j, dict={'a':1}, function=len)
+               string='0.1', strings=['a','b'], bytes=b'1', several=[b'1',b'1'], large=10**400,
+               nested=[[0.1],[0.2]], one_none=[None,0.1], complex=1j, dict={'a':1}, function=len)
 
 def two_groups(): return [[p] for p in parameters((2,), (3,))]
 
@@ -134,8 +140,10 @@ def test_hypers_that_are_refused(v):
         assert [{**h} for h in opt.hypers] == before
 
 def test_hypers_that_are_refused_say_more():
-    with pytest.raises(TypeError, match='has to be a number, but is .*`betas` are `mom` and `sqr_mom`'):
-        adam_jit(parameters((2,)), 0.1, (0.9,0.99))
+    for make in (adam_jit,lion_jit,sgd_jit):
+        with pytest.raises(TypeError, match='has to be a number, but is .*`betas`, `mom` is the first') as e:
+            make(parameters((2,)), 0.1, (0.9,0.99))
+        assert 'sqr_mom' not in str(e.value)
     for v in (torch.tensor(0.1),np.float64(0.1)):
         with pytest.raises(TypeError, match=r'pass `float\(lr\)`'): adam_jit(parameters((2,)), v)
     opt = sgd_jit(two_groups(), 0.1)
