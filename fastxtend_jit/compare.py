@@ -64,9 +64,10 @@ def _fault(o, name, memo):
     found = (_fault(v, n, {**memo, id(o):o}) for n,v in parts.items() if id(v) not in memo)
     return next(filter(None, found), why)
 
-def _copy(learn, left_out=()):
+def _copy(learn, left_out={}):
     "A copy of `learn` without `left_out`; raises `TypeError` that names what cannot be copied"
-    memo = _shared(learn) | {id(o):o for o in left_out}
+    without = [*left_out.values()]
+    memo = _shared(learn) | {id(o):o for o in without}
     with _copies_more():
         try: res = deepcopy(learn, {**memo})
         except Exception as e:
@@ -76,22 +77,22 @@ def _copy(learn, left_out=()):
                             f"{next(filter(None, found), e)}. Training may need it: give it a method `__deepcopy__`, "
                             "or take it out meanwhile, a callback by `learn.removed_cbs`.") from e
     for n,v in [*vars(res).items()]:
-        if any(v is o for o in left_out): delattr(res, n)
-    for os in (res.cbs,res.metrics): os[:] = [o for o in os if not any(o is v for v in left_out)]
+        if any(v is o for o in without): delattr(res, n)
+    for os in (res.cbs,res.metrics): os[:] = [o for o in os if not any(o is v for v in without)]
     # `deepcopy` leaves out gradients. With an old one of zeros, fastai goes on to decay a frozen parameter
     for p,copied in zip(learn.model.parameters(), res.model.parameters()):
         copied.grad = None if p.grad is None else p.grad.clone()
     return res
 
 # %% ../nbs/20_compare.ipynb #1d15132f
-# In these events a callback may change what is learned. Later ones see it; fastai's loggers stand behind its Recorder
+# In these events most callbacks that change what is learned do so. fastai's loggers stand behind its Recorder
 _changing = 'before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step'
 
 def _looks_on(cb):
     return cb.order > Recorder.order or not any(hasattr(type(cb), e) or e in vars(cb) for e in _changing)
 
 def _left_out(learn):
-    "What of `learn` the copies go without, with a warning, since it cannot be copied; and the progress bar, without"
+    "What of `learn` the copies go without, by name, with a warning, since it cannot be copied; and the progress bar"
     needed = {*inspect.signature(Learner).parameters, 'opt', '_metrics', 'logger'}
     extra = {f'learn.{n}':v for n,v in learn.__getstate__().items()
              if n not in needed and not isinstance(v, Callback)}
@@ -101,9 +102,21 @@ def _left_out(learn):
     with _copies_more():
         for n,o in extra.items():
             if n != 'learn.progress' and (f := _fault(o, n, {k:v for k,v in memo.items() if v is not o})): faults[n] = f
-    if faults: warnings.warn("`compare_opt` trains copies of the Learner without what cannot be copied and does not "
-                             f"change training: {', '.join(faults.values())}.", stacklevel=3)
-    return [extra[n] for n in (*faults, 'learn.progress') if n in extra]
+    if faults: warnings.warn("`compare_opt` trains both copies of the Learner without what cannot be copied: "
+                             f"{', '.join(faults.values())}. If any of it changes training, your training will differ "
+                             "from theirs.", stacklevel=3)
+    return {n:extra[n] for n in (*faults, 'learn.progress') if n in extra}
+
+@contextmanager
+def _tells_of(left_out):
+    "An error inside says what the copy goes without, as a callback may refer to it"
+    try: yield
+    except Exception as e:
+        names = ', '.join(n for n in left_out if n != 'learn.progress')
+        if not names: raise
+        raise RuntimeError(f"A copy of the Learner cannot train ({type(e).__name__}: {e}). `compare_opt` left out "
+                           f"{names}, which cannot be copied. If a callback refers to that, take the callback out "
+                           "meanwhile, too: `with learn.removed_cbs(cb): learn.compare_opt()`.") from e
 
 # %% ../nbs/20_compare.ipynb #93afaa74
 class _Batches(GetAttr):
@@ -113,7 +126,7 @@ class _Batches(GetAttr):
     def __len__(self): return self.n
     def __iter__(self): return map(deepcopy, itertools.islice(itertools.cycle(self.batches), self.n))
 
-def _load(learn, n, left_out=()):
+def _load(learn, n, left_out={}):
     "Up to `n` batches of the training data, on the CPU"
     res = [to_cpu(b) for b in itertools.islice(_copy(learn, left_out).dls.train, n)]
     if not res: raise ValueError("The training DataLoader gives no batch: is it smaller than one batch?")
@@ -153,7 +166,7 @@ def _weights(opt):
     "Copies of the parameters of each group, without empty ones"
     return [[p.detach().to('cpu', torch.float64, copy=True) for p in pg if p.numel()] for pg in opt.param_lists]
 
-def _contestant(learn, jit, batches, steps, left_out=()):
+def _contestant(learn, jit, batches, steps, left_out={}):
     "A copy of `learn` with our optimizer, if `jit`, or fastai's; it takes `steps` steps an epoch and shows nothing"
     res = _copy(learn, left_out)
     res = res.to_jit() if jit else res.to_native()
@@ -162,7 +175,7 @@ def _contestant(learn, jit, batches, steps, left_out=()):
     res.dls.loaders[0] = _Batches(res.dls.train, batches, steps)
     return res
 
-def _train(learn, lr, rng):
+def _train(learn, lr, rng, left_out={}):
     "Train `learn` for an epoch, with random numbers from the state `rng` on: a `_Run`"
     set_random_states(**rng)
     if learn.opt is None: learn.create_opt()
@@ -170,7 +183,7 @@ def _train(learn, lr, rng):
     before,losses = _weights(opt),_Losses()
     seconds = {'optimizer step': _timed(opt, 'step', device), 'zero_grad': _timed(opt, 'zero_grad', device),
                'training step': _timed(learn, 'one_batch', device)}
-    with learn.no_logging(), learn.no_mbar(): learn.fit(1, lr=lr, cbs=losses)
+    with _tells_of(left_out), learn.no_logging(), learn.no_mbar(): learn.fit(1, lr=lr, cbs=losses)
     pair,_ = factories_of(opt)
     name = pair[isinstance(opt, JitOptimizer)].__name__
     return _Run(name, before, _weights(opt), [float(o) for o in losses.noted], seconds)
@@ -243,7 +256,7 @@ def compare_opt(self:Learner,
     try:
         left_out = _left_out(self)
         batches = _load(self, steps, left_out)
-        runs = [_train(_contestant(self, jit, batches, steps, left_out), lr, rng) for jit in (False,True)]
+        runs = [_train(_contestant(self, jit, batches, steps, left_out), lr, rng, left_out) for jit in (False,True)]
     finally: set_random_states(**rng)
     if show: _plot(*runs)
     res = _table(*runs)

@@ -108,7 +108,7 @@ def test_compare_without_lookers(what, cls, tmp_path):
     learn = vision(Adam, tmp_path)
     cb = cls(OPEN[what](tmp_path))
     learn.add_cb(cb)
-    with pytest.warns(UserWarning, match=f'without what cannot be copied.*`learn.{cb.name}.holds') as notes:
+    with pytest.warns(UserWarning, match=f'without what cannot be copied.*`learn.{cb.name}.holds.*If any') as notes:
         assert alike(compared(learn), 1e-10)
     assert sum('compare_opt' in str(w.message) for w in notes) == 1
     assert cb.batches == 0 and getattr(learn, cb.name) is cb and cb.learn is learn
@@ -121,6 +121,38 @@ def test_compare_refuses_to_leave_out_what_changes_training(what, tmp_path):
     with pytest.raises(TypeError, match='cannot copy `learn.changer.holds.*removed_cbs'): learn.compare_opt(2)
     after = all_of(learn)
     assert not [k for k in before if not equal(before[k], after[k])] and learn.changer.batches == 0
+
+class Referring(Callback):
+    def before_batch(self): self.learn.looker.batches += 1
+
+def test_compare_error_names_what_was_left_out(tmp_path):
+    "A callback that refers to it fails in the copy; other errors stay as they are"
+    learn = vision(Adam, tmp_path).add_cbs([Looker(generator()), Referring()])
+    before = all_of(learn)
+    with pytest.warns(UserWarning, match='learn.looker.holds'):
+        with pytest.raises(RuntimeError, match='(?s)AttributeError.*left out learn.looker,.*removed_cbs') as e:
+            learn.compare_opt(2)
+    assert isinstance(e.value.__cause__, AttributeError)
+    after = all_of(learn)
+    assert not [k for k in before if not equal(before[k], after[k])]
+    with learn.removed_cbs(learn.looker), pytest.raises(AttributeError): learn.compare_opt(2)
+    with learn.removed_cbs(learn.cbs.filter(lambda cb: isinstance(cb, (Looker,Referring)))): compared(learn)
+
+class Scheduler(Looker):
+    "Changes training in an event in which most callbacks only look on"
+    def after_batch(self): self.learn.opt.set_hyper('lr', 1e-3*(self.train_iter+1))
+
+@pytest.mark.parametrize('holds', [[],[generator()]], ids=['copied','left_out'])
+def test_compare_with_a_scheduler(holds, tmp_path):
+    "Both copies train with it, or both without, as the warning says"
+    learn = vision(Adam, tmp_path)
+    alone = compared(learn).attrs['losses']['Adam']
+    learn.add_cb(Scheduler(holds))
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter('always')
+        df = compared(learn)
+    assert alike(df, 1e-10) and (df.attrs['losses']['Adam'] == alone) == bool(holds)
+    assert any('your training will differ from theirs' in str(w.message) for w in notes) == bool(holds)
 
 def test_compare_names_what_training_needs(tmp_path):
     "Wherever it is: in the model, the loss function, the data"
