@@ -11,6 +11,7 @@ __all__ = ['ScriptFunction', 'ENGINE_ARGS', 'FASTAI_HYPERS', 'compile_after', 'n
 import inspect,signal,sys,threading,warnings
 from contextlib import contextmanager,nullcontext
 from functools import cache,cached_property,update_wrapper
+from types import FunctionType
 from typing import Callable,List,Optional
 
 import torch
@@ -47,12 +48,19 @@ def torchscript_ok() -> bool:
         return x.item() == 2
     except Exception: return False
 
+def _own(fn):
+    "`fn`, without a mark of `functools.wraps`: TorchScript would compile the function that it wraps instead"
+    if not hasattr(fn, '__wrapped__') or not isinstance(fn, FunctionType): return fn
+    res = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    for n in ('__kwdefaults__','__annotations__','__module__','__qualname__','__doc__'): setattr(res, n, getattr(fn, n))
+    return res
+
 def _compile(fn):
     "`fn` compiled by TorchScript, or `fn` itself, with one warning, where TorchScript is not supported"
     with no_modes():  # a lazy step may be compiled inside anybody's mode
-        if torchscript_ok(): return _script(fn)
+        if torchscript_ok(): return _script(_own(fn))
     if not _warned:
-        _warned.append(fn)
+        _warned.append(True)
         warnings.warn("TorchScript cannot compile here, with this version of Python and PyTorch: "
                       "fastxtend_jit's steps run uncompiled, with the same results.", stacklevel=3)
     return fn
@@ -90,8 +98,8 @@ class JitStep:
         check:Callable=None, # Called with the scalars by name before a step, to raise where it could not be taken
         lazy:bool=False # Compile it only after many uses? A mistake in it then shows late
     ):
-        update_wrapper(self, fn)
-        self.fn,self.elementwise,self.check,self.lazy = fn,elementwise,check,lazy
+        update_wrapper(self, fn, updated=())  # a function that wraps a step has all attributes of that step
+        self.fn,self.elementwise,self.check,self.lazy,self._loops = fn,elementwise,check,lazy,{}
         self.__name__ = self.__qualname__ = fn.name if isinstance(fn, ScriptFunction) else fn.__qualname__
         self._read_signature()
 
@@ -137,10 +145,14 @@ def jit_step(
     "Compile a step function, as a decorator with or without arguments; `TypeError` if its signature is no step's"
     if fn is None: return lambda f: jit_step(f, elementwise, check, lazy)
     if isinstance(fn, JitStep): return fn
-    # one step for a function, kept by it: each optimizer that is made of it would compile it anew
-    steps,key = getattr(fn, '__dict__', {}).setdefault('_jit_steps', {}),(elementwise,check,lazy)
-    if key not in steps: steps[key] = JitStep(fn, elementwise, check, lazy)
-    return steps[key]
+    if not isinstance(fn, (FunctionType,ScriptFunction)): return JitStep(fn, elementwise, check, lazy)
+    # One step for a function, which keeps it: each optimizer that is made of it would compile it anew.
+    # With `functools.wraps`, a function also has what another one keeps
+    kept = [s for s in vars(fn).get('_jit_steps', ()) if s.fn is fn]
+    for s in kept:
+        if (s.elementwise,s.check,s.lazy) == (elementwise,check,lazy): return s
+    fn._jit_steps = *kept,JitStep(fn, elementwise, check, lazy)
+    return fn._jit_steps[-1]
 
 # %% ../nbs/00_step.ipynb #22375253
 @patch
@@ -203,7 +215,6 @@ def _batched_plain(fn, lists, absent, scalars):
             for batch in zip(*args[:len(lists)]): fn(**dict(zip(lists, batch)), **rest)
     return batched
 
-@cache
 def _batched(fn, lists, vectors, absent, scalars):
     "`fn` over batches; of `lists`, `vectors` have one tensor a batch; `scalars` are pairs of name and type"
     names = [*lists, *(n for n,_ in scalars)]
@@ -238,7 +249,9 @@ def batched(self:JitStep,
     "The step over batches: takes params, grads and each of `states` as lists of batches, then the scalars in order"
     fn,absent = self.compiled if compiled else self.fn,tuple(n for n in self.state if n not in states)
     scalars = tuple((n, to.__name__) for n,to in self.scalars.items())
-    return _batched(fn, (*self.args[:2],*states), tuple(self.scalar_state), absent, scalars)
+    if (fn,states) not in self._loops:  # kept by the step, which would never die in a cache for all steps
+        self._loops[fn,states] = _batched(fn, (*self.args[:2],*states), tuple(self.scalar_state), absent, scalars)
+    return self._loops[fn,states]
 
 @patch
 def to_script(self:JitStep,

@@ -9,12 +9,14 @@ __all__ = ['SHAPES', 'SQUARE_SHAPES', 'NONZERO_SHAPES', 'TOLERANCES', 'same_rand
            'check_written', 'why_not_fused', 'count_passes', 'Verdict', 'verdict']
 
 # %% ../nbs/05_trial.ipynb #51e761c5
-import math,warnings
+import ast,inspect,math,warnings
 from bisect import bisect_left,bisect_right
 from contextlib import contextmanager,nullcontext
 from itertools import accumulate,chain,cycle,islice,product
+from textwrap import dedent,shorten
 from threading import RLock
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -178,7 +180,9 @@ def _difference(step, states, device, dtype, tried, right, settings, fused):
                 if n := trial.differs(*_tolerances(dtype), grads=not fused): return n
             if trial.moved: return ''
 
-_lock,_tried = RLock(),{}  # results of all trials of this process
+_lock,_tried = RLock(),WeakKeyDictionary()  # results of all trials of each step, for as long as the step lives
+
+def _results(step): return _tried.setdefault(step, {})
 
 # %% ../nbs/05_trial.ipynb #932cd6d8
 def check_compiled(
@@ -188,15 +192,15 @@ def check_compiled(
     flags:tuple=() # Names of scalars that are true or false from step to step
 ):
     "Raise `RuntimeError` if the compiled `step` computes other numbers than plain Python; tried once in a process"
-    key = 'compiled',step,states,formula_key(step, scalars, flags)
-    if key in _tried or step.compiled is step.fn: return
+    key,tried = ('compiled',states,formula_key(step, scalars, flags)),_results(step)
+    if key in tried or step.compiled is step.fn: return
     combos,forms = _combinations(flags),[step.batched(states, c) for c in (True,False)]
     settings = islice(zip(cycle(_trials(scalars)), cycle(combos)), max(6, len(combos)))
     settings = [({**s, **f}, first) for (s,first),f in settings]
     with _lock:
         name = _difference(step, states, torch.device('cpu'), torch.float64, *forms, settings, fused=False)
         if name: _refuse(step, name)
-        elif name == '': _tried[key] = ''
+        elif name == '': tried[key] = ''
 
 def _refuse(step, name):
     "Raise; a lazy step, compiled in the middle of training, goes on as plain Python"
@@ -207,15 +211,41 @@ def _refuse(step, name):
                        "in as arguments, or single tensors by their methods, such as `add_`.")
 
 # %% ../nbs/05_trial.ipynb #86a5fd98
+def _assignment(step, name):
+    "Assignment in the source of `step` that replaces its state `name`, or a tensor of it; empty if none is found"
+    try: nodes = [*ast.walk(ast.parse(dedent(inspect.getsource(step.fn.__code__))))]
+    except (AttributeError,OSError,TypeError,SyntaxError): return ''
+    for node in nodes:
+        if not isinstance(node, (ast.Assign,ast.AnnAssign,ast.AugAssign,ast.NamedExpr)) or node.value is None: continue
+        augmented = isinstance(node, ast.AugAssign)
+        for t in chain(*map(ast.walk, node.targets if isinstance(node, ast.Assign) else [node.target])):
+            part = isinstance(t, ast.Subscript)
+            if getattr(t.value if part else t, 'id', '') != name or not isinstance(t.ctx, ast.Store): continue
+            # on a tensor these are in place: `x += 1`, `x[0] = 1`
+            if not (part and augmented or name in step.scalar_state and (part or augmented)): return ast.unparse(node)
+    return ''
+
+def _tell_of_unwritten(step, lost):
+    "Raise `RuntimeError` if `step` replaces one of the states `lost`, or warn of them all"
+    for n in lost:
+        if not (by := _assignment(step, n)): continue
+        write = f'{n}.copy_(…)' if n in step.scalar_state else f'torch._foreach_mul_({n}, …)'
+        raise RuntimeError(f"`{step.__name__}` never changes its state `{n}`. The assignment `{shorten(by, 80)}` "
+                           f"does not change what the optimizer keeps: write in place, as by `{write}`.")
+    names = ', '.join(f'`{n}`' for n in lost)
+    warnings.warn(f"`{step.__name__}` changed its state {names} in none of its trials: some steps on small tensors in "
+                  "float64, with these constants. That is right if it writes that for other parameters, with other "
+                  "constants or at other steps, or if you fill it yourself. If not, write in place.", stacklevel=3)
+
 def check_written(
     step:JitStep, # Step
     states:tuple, # Names of the state in use
     scalars:dict, # Scalar arguments as they are now
     flags:tuple=() # Names of scalars that are true or false from step to step
 ):
-    "Raise `RuntimeError` if `step` never changes one of its states; tried once in a process"
-    key = 'written',step,states
-    if key in _tried or not states: return
+    "Raise `RuntimeError` if `step` loses one of its states, warn if it does not change one; tried once in a process"
+    key,tried = ('written',states),_results(step)
+    if key in tried or not states: return
     others = {n: 0.5 if step.scalars[n] is float and n != 'lr' else v for n,v in scalars.items()}
     plain,written,moved = step.batched(states, compiled=False),set(),False
     with _lock,_apart(torch.device('cpu')):
@@ -230,11 +260,8 @@ def check_written(
                 if moved and written == {*states}: break
             if moved and written == {*states}: break
     lost = [n for n in states if n not in written]
-    if lost and moved: raise RuntimeError(
-        f"`{step.__name__}` never changes its state `{lost[0]}`. An assignment to the name, as in `{lost[0]} = [...]`, "
-        "changes nothing outside of the function: change the tensors in place, as by "
-        f"`torch._foreach_mul_({lost[0]}, …)`.")
-    if moved: _tried[key] = ''
+    if lost and moved: _tell_of_unwritten(step, lost)
+    if moved: tried[key] = ''
 
 # %% ../nbs/05_trial.ipynb #4065e5f2
 def why_not_fused(
@@ -249,14 +276,14 @@ def why_not_fused(
     "Why the fused form of `step` is not used, empty if it equals the plain form; tried once in a process"
     if 'fused' not in step.args: return 'the step has no fused form'
     kind = formula_key(step, scalars, flags),scalars.get('dense_cpu'),scalars.get('spread_scalars')
-    key = 'fused',step,states,device,dtype,kind,compiled
+    key,tried = ('fused',states,device,dtype,kind,compiled),_results(step)
     # a failure may be due to unusual hypers: remember it for exactly these
     key_with_hypers = *key,tuple(v for n,v in scalars.items() if step.scalars[n] is float and n not in ('lr','mom'))
     with _lock:
         for k in (key,key_with_hypers):
-            if k in _tried: return _tried[k]
+            if k in tried: return tried[k]
         why,tell,sure = _try_fused(step, states, device, dtype, scalars, flags, compiled)
-        if sure: _tried[key_with_hypers if why else key] = why
+        if sure: tried[key_with_hypers if why else key] = why
         if tell: warnings.warn(f"`{step.__name__}` does without fused kernels on {device} in {str(dtype)[6:]}: "
                                f"{why}. Its plain form runs there, with the right numbers but more slowly. "
                                "`python -m fastxtend_jit --check` shows more, for a report.", stacklevel=2)
@@ -307,13 +334,13 @@ def count_passes(
     scalars:dict # Scalar arguments as they are now
 ) -> tuple:
     "Passes over memory in the 8th step, and whether `step` may allocate; counted once in a process"
-    key = 'passes',step,states,dtype,scalars.get('fused'),formula_key(step, scalars)
-    if key not in _tried:
+    key,tried = ('passes',states,dtype,scalars.get('fused'),formula_key(step, scalars)),_results(step)
+    if key not in tried:
         both = [{**scalars, 'step':n} for n in (8,1)] if 'step' in scalars else [scalars]
         with _lock,_apart(torch.device('cpu')):
             passes,allocates = zip(*(_seen(step, states, dtype, s) for s in both))
-        _tried[key] = passes[0],any(allocates)
-    return _tried[key]
+        tried[key] = passes[0],any(allocates)
+    return tried[key]
 
 # %% ../nbs/05_trial.ipynb #5006c474
 class Verdict(NamedTuple):

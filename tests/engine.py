@@ -2,9 +2,11 @@
 
 A test says what it wants: to forget what was tried, to cut into small batches, to stop in the kernels. How that is done
 is for the functions below, and a change of the engine changes no other file of the tests."""
+import gc
 from contextlib import contextmanager,nullcontext
 from types import SimpleNamespace
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 from fastxtend_jit import all as steps,fragments,learner,lookahead,optimizer,plan,step as step_room,trial
 from fastxtend_jit.step import JitStep
@@ -68,19 +70,19 @@ def replace_cut(monkeypatch, make):
 
 def forget_trials(monkeypatch):
     "As in a new process: nothing has been tried"
-    monkeypatch.setattr(trial, '_tried', {})
+    keep_faults_in(monkeypatch, WeakKeyDictionary())
 
 def keep_faults_in(monkeypatch, faults):
-    "A dict that outlasts a test, for what was found out about fused kernels"
+    "A dict that outlasts a test, for what was found out about fused kernels of each step"
     monkeypatch.setattr(trial, '_tried', faults)
 
 def faults_found():
     "What was found out about fused kernels: why they are not used, or an empty string, for each kind of step"
-    return [why for (what,*_),why in trial._tried.items() if what == 'fused']
+    return [why for tried in trial._tried.values() for (what,*_),why in tried.items() if what == 'fused']
 
 def number_proved():
     "For how many kinds of steps the compiled form is known to be right"
-    return sum(what == 'compiled' for what,*_ in trial._tried)
+    return sum(what == 'compiled' for tried in trial._tried.values() for what,*_ in tried)
 
 def let_modes_in(monkeypatch):
     "Modes around a step hold in trials too, so that emulated kernels are tried"
@@ -136,7 +138,8 @@ def run_uncompiled(monkeypatch, step):
 
 def forget_compiled():
     "Steps over batches are compiled anew"
-    step_room._batched.cache_clear()
+    for o in gc.get_objects():
+        if type(o) is JitStep: o._loops.clear()
 
 def without_torchscript(monkeypatch):
     "TorchScript cannot compile, and nobody was told so far"

@@ -1,5 +1,6 @@
 "A user's own step is as good as ours: what its signature may be, which names it may use, what it may do"
-import copy,importlib.util,pickle,sys,warnings
+import copy,gc,importlib.util,pickle,sys,warnings,weakref
+from functools import wraps
 from typing import List,Optional
 
 import numpy as np
@@ -263,10 +264,25 @@ def forgets_at_times(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tens
     if beta > 0.: torch._foreach_lerp_(grad_avg, grads, 1-beta)
     torch._foreach_add_(params, grads, alpha=-lr)
 
-@pytest.mark.parametrize('f,name,hypers', [(forgetful,'grad_avg',dict(mom=0.9)), (forgets_a_number,'size',{})])
-def test_state_is_lost(f, name, hypers):
-    "A state that the step never changes is named when the optimizer is made, or at the first step with all hypers"
-    says = f'`{f.__name__}` never changes its state `{name}`.*in place'
+def forgets_a_pair(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float):
+    n,grad_avg = lr,[m*0.9 + g for m,g in zip(grad_avg, grads)]
+    torch._foreach_add_(params, grad_avg, alpha=-n)
+def forgets_items(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float):
+    for i in range(len(params)): grad_avg[i] = grad_avg[i]*0.9 + grads[i]
+    torch._foreach_add_(params, grad_avg, alpha=-lr)
+def forgets_and_extends(params:List[Tensor], grads:List[Tensor], grad_avg:List[Tensor], lr:float):
+    torch._foreach_add_(params, grads, alpha=-lr)
+    grad_avg += grads
+
+LOST = [(forgetful,'grad_avg',dict(mom=0.9),r'grad_avg = \[m \* mom',r'torch._foreach_mul_\(grad_avg'),
+        (forgets_a_number,'size',{},r'size = size \+ 1',r'size.copy_\('),
+        (forgets_a_pair,'grad_avg',{},r'n, grad_avg = \(',r'torch._foreach_mul_\(grad_avg'),
+        (forgets_items,'grad_avg',{},r'grad_avg\[i\] = ',r'torch._foreach_mul_\(grad_avg'),
+        (forgets_and_extends,'grad_avg',{},r'grad_avg \+= grads`',r'torch._foreach_mul_\(grad_avg')]
+@pytest.mark.parametrize('f,name,hypers,by,mend', LOST, ids=lambda o: getattr(o, '__name__', ''))
+def test_state_is_lost(f, name, hypers, by, mend):
+    "A state that an assignment replaces is named when the optimizer is made, or at the first step with all hypers"
+    says = f'`{f.__name__}` never changes its state `{name}`. The assignment `{by}.*in place, as by `{mend}'
     with pytest.raises(RuntimeError, match=says): JitOptimizer(parameters((2,)), f, lr=0.1, **hypers)
     if not hypers: return
     ps = parameters((2,))
@@ -277,6 +293,72 @@ def test_state_is_lost(f, name, hypers):
 def test_state_for_other_hypers():
     "A state that some hypers have no use for is none that is lost"
     JitOptimizer(parameters((2,)), forgets_at_times, lr=0.1, beta=0.).step()
+
+# Right steps that write a state only where no trial comes, and what shows that they do
+
+def for_a_constant(params:List[Tensor], grads:List[Tensor], sqr_avg:List[Tensor], seen:List[Tensor], lr:float,
+                   ams:bool):
+    torch._foreach_addcmul_(sqr_avg, grads, grads, 0.1)
+    if ams: torch._foreach_maximum_(seen, sqr_avg)
+    torch._foreach_add_(params, grads, alpha=-lr)
+def each_13th(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], step:int, lr:float):
+    if step%13 == 0: torch._foreach_copy_(seen, params)
+    torch._foreach_add_(params, grads, alpha=-lr)
+def from_late_on(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], step:int, lr:float, start:int=10**9):
+    if step > start: torch._foreach_lerp_(seen, params, 0.1)
+    torch._foreach_add_(params, grads, alpha=-lr)
+def for_bfloat16(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], lr:float):
+    for i in range(len(params)):
+        if params[i].dtype == torch.bfloat16: seen[i].add_(grads[i])
+        params[i].add_(grads[i], alpha=-lr)
+def for_images(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], lr:float):
+    for i in range(len(params)):
+        if params[i].dim() == 4: seen[i].lerp_(grads[i], 0.1)
+        params[i].add_(grads[i], alpha=-lr)
+def for_large_ones(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], lr:float):
+    for i in range(len(params)):
+        if params[i].numel() > 1000: seen[i] += grads[i]
+        params[i].add_(grads[i], alpha=-lr)
+def counts_nan(params:List[Tensor], grads:List[Tensor], seen:Tensor, lr:float):
+    if bool(torch.isnan(grads[0]).any()): seen += 1.
+    torch._foreach_add_(params, grads, alpha=-lr)
+def only_reads(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], lr:float):
+    torch._foreach_add_(params, grads, alpha=-lr)
+    torch._foreach_sub_(params, torch._foreach_sub(params, seen))
+
+RIGHT = {for_a_constant:dict(made=dict(ams=False), then=dict(ams=True)), from_late_on:dict(then=dict(start=0)),
+         each_13th:dict(n=13), counts_nan:dict(grad=float('nan')), for_bfloat16:dict(dtype=torch.bfloat16),
+         for_images:dict(shape=(2,1,1,1)), for_large_ones:dict(shape=(1001,)), only_reads:dict(fill=3.)}
+@pytest.mark.parametrize('f', RIGHT, ids=lambda f: f.__name__)
+def test_state_that_no_trial_writes(f):
+    "Where the source assigns nothing to it: one warning for a step, which goes on to do what it should"
+    def steps_of(made={}, then={}, n=1, grad=1., shape=(2,), dtype=torch.float32, fill=None):
+        p = nn.Parameter(torch.ones(shape, dtype=dtype))
+        opt = JitOptimizer([p], f, lr=0.1, **made)
+        for k,v in then.items(): setattr(opt, k, v)
+        if fill: opt.state[p]['seen'] = torch.full_like(p, fill)
+        for _ in range(n): p.grad = torch.full_like(p, grad); opt.step()
+        return p,opt.state[p]['seen']
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        p,seen = [steps_of(**RIGHT[f]) for _ in range(2)][1]
+    says = [str(w.message) for w in told if 'in none of its trials' in str(w.message)]
+    assert len(says) == 1 and f'`{f.__name__}` changed its state `seen`' in says[0] and seen.abs().sum() > 0
+    if f is only_reads: assert p.tolist() == seen.tolist() == [3.,3.]
+
+def from_text():
+    "A step without a source"
+    made = {**globals()}
+    exec("def textual(params:List[Tensor], grads:List[Tensor], seen:List[Tensor], lr:float):\n"
+         "    seen = [s+1. for s in seen]\n    torch._foreach_add_(params, grads, alpha=-lr)", made)
+    return made['textual']
+
+@pytest.mark.filterwarnings('ignore:.*TorchScript cannot')
+def test_state_is_lost_without_a_source(monkeypatch):
+    "Nobody sees an assignment: a warning"
+    engine.without_torchscript(monkeypatch)
+    with pytest.warns(UserWarning, match='`textual` changed its state `seen` in none of its trials'):
+        JitOptimizer(parameters((2,)), from_text(), lr=0.1)
 
 def built_in(params:list[Tensor], grads:list[Tensor], grad_avg:list[Tensor]|None, lr:float):
     if grad_avg is not None:
@@ -296,3 +378,69 @@ def test_one_step_a_function():
     "Optimizers that are made of one function share its step, which is compiled and tried once"
     made = [JitOptimizer(parameters((2,)), built_in, lr=0.1).opt_step for _ in range(2)]
     assert made[0] is made[1] is jit_step(built_in) and jit_step(built_in, elementwise=True) is not made[0]
+
+def moved_by(f, **kw):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    JitOptimizer([p], jit_step(f, **kw), lr=0.1).step()
+    return 1-p[0].item()
+
+def plain_sgd(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-lr)
+
+@pytest.mark.parametrize('lazy', [False,True])
+@pytest.mark.parametrize('stepped', [plain_sgd,jit_step(plain_sgd),jit_step(plain_sgd, lazy=True)], ids=repr)
+def test_function_that_wraps_a_step(stepped, lazy):
+    "It runs, and not what it wraps, which has a step already and keeps it"
+    of,used = jit_step(stepped, lazy=lazy),moved_by(stepped, lazy=lazy)
+    @wraps(stepped)
+    def tenfold(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-10*lr)
+    assert [moved_by(tenfold, lazy=lazy), moved_by(stepped, lazy=lazy)] == pytest.approx([1.,used])
+    step = jit_step(tenfold, lazy=lazy)
+    assert step is jit_step(tenfold, lazy=lazy) is not of is jit_step(stepped, lazy=lazy)
+    p = torch.ones(2)
+    step.compiled([p], [p.clone()], 0.1)
+    assert p.tolist() == pytest.approx([0.]*2) and step.is_compiled
+
+class Scaled:
+    def __init__(self, by): self.by = by
+    def step(self, params:List[Tensor], grads:List[Tensor], lr:float):
+        for p,g in zip(params, grads): p.add_(g, alpha=-lr*self.by)
+
+@pytest.mark.filterwarnings('ignore:.*TorchScript cannot')
+@pytest.mark.parametrize('lazy', [False,True])
+def test_bound_methods(lazy, monkeypatch):
+    "Each runs with its own object, which may die. TorchScript cannot compile them"
+    if not lazy:
+        with pytest.raises(RuntimeError, match='by'): moved_by(Scaled(1).step)
+        engine.without_torchscript(monkeypatch)
+    made = [Scaled(1),Scaled(10)]
+    assert [moved_by(o.step, lazy=lazy) for o in made] == pytest.approx([0.1,1.])
+    assert all_die([*made], made) and not vars(Scaled.step)
+
+def all_die(objects, kept):
+    "Do all `objects` die once the list `kept` is empty?"
+    refs = [*map(weakref.ref, objects)]
+    for os in (objects,kept): os.clear()
+    gc.collect()
+    return refs and not any(r() for r in refs)
+
+def steps_of_a_factory(lazy):
+    def averaged(params:List[Tensor], grads:List[Tensor], avg:List[Tensor], lr:float, fused:bool):
+        torch._foreach_lerp_(avg, grads, 0.1)
+        torch._foreach_add_(params, avg, alpha=-lr)
+    ps = parameters((2,))
+    opt = JitOptimizer(ps, jit_step(averaged, elementwise=True, lazy=lazy), lr=0.1)
+    for n in range(3): new_grads(ps, n); opt.step()
+    return opt
+
+@pytest.mark.parametrize('lazy,after', [(False,200),(True,200),(True,2)])
+def test_step_dies_with_its_function(lazy, after, monkeypatch):
+    "A step made anew for each optimizer: neither it nor what was compiled and tried for it is kept"
+    engine.set_compile_after(after, monkeypatch)
+    engine.forget_trials(monkeypatch)
+    opts = [steps_of_a_factory(lazy) for _ in range(2)]
+    compiled = engine.has_compiled(opts[0].opt_step)
+    assert compiled == (after == 2 or not lazy) and engine.number_proved() == 2*compiled
+    assert engine.faults_found()
+    assert all_die([o for opt in opts for o in (opt,opt.opt_step,opt.opt_step.fn)], opts)
+    assert not engine.faults_found() and not engine.number_proved()
