@@ -185,12 +185,12 @@ def _without_us(export):
     "`export` of a Learner, with fastai's factory in place of ours while it writes"
     @wraps(export)
     def exported(self, *args, **kwargs):
-        opt_func,jit = self.opt_func,isinstance(self.opt, JitOptimizer)
+        opt_func,opt = self.opt_func,self.opt
         self.opt_func = _native_factory(opt_func)
-        try: res = export(self, *args, **kwargs)
-        finally: self.opt_func = opt_func
-        if jit: self.opt = _converted(self.opt, True)  # fastai makes an optimizer anew after it has written
-        return res
+        try: return export(self, *args, **kwargs)
+        finally:
+            self.opt_func = opt_func
+            if isinstance(opt, JitOptimizer): self.opt = opt  # fastai has made another, by the factory in its place
     exported.without_us = True
     return exported
 

@@ -73,11 +73,14 @@ def _wrap_learner():
 
 # %% ../nbs/20_use.ipynb #a3760d14
 class use_jit:
-    "Learners step with our counterpart of their optimizer from now on, or in a `with` block, in all threads"
+    "From now on, or in a `with` block, Learners of all threads step with our counterpart of their optimizer"
     _end = None
     def __init__(self,
         on:bool=True # Use ours where there is one? `False` leaves Learners as they are
     ):
+        if not isinstance(on, bool):
+            raise TypeError(f"`use_jit` takes True or False, but got {on!r}: write `use_jit()`, or `with use_jit():`. "
+                            "For a single Learner there is `learn.to_jit()`.")
         with _lock:
             self.on,self._depth,self._start = on,0,Counter(_seen)
             # of earlier calls that opened no block, only the last can decide again
