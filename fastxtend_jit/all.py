@@ -1,4 +1,5 @@
-"What `from fastxtend_jit.all import *` brings in: the optimizers, their steps, classes, `jit_opt`, methods of Learner"
+"What `from fastxtend_jit.all import *` brings in: the optimizers, their steps, classes, what switches to them"
+from . import __all__
 from .optimizer import JitOptimizer
 from .lookahead import JitLookahead
 from .sgd import *
@@ -13,5 +14,6 @@ from .lion import *
 from .adan import *
 from .stableadam import *
 from .learner import jit_opt
+from .use import use_jit
 from .compare import *
 from .explain import *

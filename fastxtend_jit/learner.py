@@ -10,8 +10,9 @@ __all__ = ['counterparts', 'structural_args', 'factories_of', 'jit_opt']
 # %% ../nbs/20_learner.ipynb #c392b466
 import inspect,itertools
 from copy import deepcopy
-from functools import cache,partial,update_wrapper
+from functools import cache,partial,update_wrapper,wraps
 from typing import Callable
+from weakref import WeakSet
 
 import torch
 from fastcore.basics import patch
@@ -91,10 +92,14 @@ def _variants():
 
 # %% ../nbs/20_learner.ipynb #8e35d0ba
 def jit_opt(
-    opt_func:Callable # fastai's factory, such as `Adam`, a `partial` of it, or a function that makes such an optimizer
+    opt_func:Callable, # fastai's factory, such as `Adam`, a `partial` of it, or a function that makes such an optimizer
+    strict:bool=True # Raise `TypeError` if it has no counterpart? Otherwise it comes back as it is
 ) -> Callable:
-    "Our counterpart of `opt_func`, itself if it is ours; a `partial` keeps arguments; raises `TypeError` without one"
-    return _counterpart(opt_func, True)
+    "Our counterpart of `opt_func`, itself if it is ours; a `partial` keeps arguments"
+    try: return _counterpart(opt_func, True)
+    except TypeError:
+        if strict: raise
+        return opt_func
 
 def _counterpart(f, jit):
     "Ours for the factory `f`, if `jit`, or else fastai's; `f` itself if it is that already"
@@ -148,11 +153,14 @@ def to_native(self:Learner) -> Learner:
     "Set back to fastai's, a live one with state, hypers and frozen groups; raises `TypeError` if it has no counterpart"
     return _switch(self, False)
 
+_native = WeakSet()  # Learners that were set to fastai's optimizer on purpose, which `use_jit` leaves alone
+
 def _switch(learn, jit):
     "Set `learn` to our optimizer, if `jit`, or to fastai's"
     opt_func = _counterpart(learn.opt_func, jit)
     learn.opt = _converted(learn.opt, jit)
     learn.opt_func = opt_func
+    (_native.discard if jit else _native.add)(learn)
     return learn
 
 def _converted(opt, jit):
@@ -164,3 +172,26 @@ def _converted(opt, jit):
     res.load_state_dict(deepcopy(opt.state_dict()))  # fastai's goes on with the very tensors that it is given
     getattr(res, 'opt', res).frozen_idx = opt.frozen_idx  # fastai's Lookahead has it from the optimizer within
     return res
+
+# %% ../nbs/20_learner.ipynb #da4fabe6
+def _native_factory(f):
+    "fastai's factory for `f`, or `f` itself if there is none that can be pickled without us"
+    func,args,kwargs = (f.func,f.args,f.keywords) if isinstance(f, partial) else (f,(),{})
+    if isinstance(func, _Converted): native = func.factory if func.jit else func
+    else: native = next((native for native,jit in counterparts if func is jit), func)
+    return f if native is func else partial(native, *args, **kwargs) if args or kwargs else native
+
+def _without_us(export):
+    "`export` of a Learner, with fastai's factory in place of ours while it writes"
+    @wraps(export)
+    def exported(self, *args, **kwargs):
+        opt_func,opt = self.opt_func,self.opt
+        self.opt_func = _native_factory(opt_func)
+        try: return export(self, *args, **kwargs)
+        finally:
+            self.opt_func = opt_func
+            if isinstance(opt, JitOptimizer): self.opt = opt  # fastai has made another, by the factory in its place
+    exported.without_us = True
+    return exported
+
+if not hasattr(Learner.export, 'without_us'): Learner.export = _without_us(Learner.export)

@@ -266,3 +266,9 @@ def _check_state_dict(self:JitOptimizer, sd):
     check_state_dict(sd, self.param_lists, hypers=[n for n in step.hypers if n not in self._engine_args],
                      states=self.state_names, needed=[n for n in (*stored,'step') if n in step.args],
                      numbers=step.scalar_state)
+
+# %% ../nbs/07_optimizer.ipynb #b22cc3da
+def __getattr__(name):
+    import fastxtend_jit as root
+    if name in root.__all__: return getattr(root, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

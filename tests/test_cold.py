@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fastxtend_jit import bench,cold
-from fastxtend_jit.bench import main,rows,written
+from fastxtend_jit.bench import rows,written
 from fastxtend_jit.cold import *
 from fastxtend_jit.report import *
+
+main = bench.main.__wrapped__  # from Python, an older fastcore reads the command line instead
 
 def report(cold):
     return Report(cold=pd.DataFrame(cold), machine={**machine(), 'device':'cpu', 'seconds':1., 'channels_last':False})

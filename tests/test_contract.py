@@ -165,8 +165,8 @@ def loggers(learn):
 def mixed_precision(learn):
     "fastai's mixed precision, which names 'cuda', on the model's own device"
     dev = next(learn.model.parameters()).device.type
-    return mock.patch.multiple('fastai.callback.fp16', autocast=lambda _,**kw: torch.autocast(dev, **kw),
-                               GradScaler=lambda _,**kw: torch.amp.GradScaler(dev, **kw))
+    return mock.patch.multiple('fastai.callback.fp16', autocast=lambda *_,**kw: torch.autocast(dev, **kw),
+                               GradScaler=lambda *_,**kw: torch.amp.GradScaler(dev, **kw))
 
 @scenario(net=autocast_net)
 def bf16(learn):

@@ -2,7 +2,7 @@
 from tests.tools.demo import main
 
 def test_demo(tmp_path, capsys):
-    results = main(epochs=1, bs=128, chart=tmp_path/'demo.png')
+    results = main.__wrapped__(epochs=1, bs=128, chart=tmp_path/'demo.png')
     assert [*results] == ['as a table','as images']
     for scores,times in results.values():
         for o in ('train_loss','valid_loss'): assert abs(scores[o]['Adam']/scores[o]['adam_jit'] - 1).max() < 1e-4

@@ -286,7 +286,7 @@ def test_device_by_name(monkeypatch, tmp_path, device, index):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'card')
     monkeypatch.setattr(torch._C, '_cuda_setDevice', found.append, raising=False)
     monkeypatch.setattr(bench, '_run', lambda *a, **k: iter([]))
-    bench.main(device=device, out=str(tmp_path))
+    bench.main.__wrapped__(device=device, out=str(tmp_path))
     assert found == index and Report.load(tmp_path).machine['gpu'] == 'card'
 
 def test_memory_of_one_learner(monkeypatch):
@@ -316,12 +316,13 @@ def test_one_failure(monkeypatch, tmp_path, capsys):
         return real(row, *args)
     monkeypatch.setattr(bench, 'time_cell', some)
     with pytest.raises(SystemExit, match='1 of 2 could not be measured'):
-        bench.main('many_small', 'sgd,adam', seconds=0.01, threads=1, parts='cells', out=str(tmp_path))
+        bench.main.__wrapped__('many_small', 'sgd,adam', seconds=0.01, threads=1, parts='cells', out=str(tmp_path))
     assert 'failed: RuntimeError: illegal memory access' in capsys.readouterr().out
     assert {*Report.load(tmp_path).cells.optimizer} == {'adam'}
 
 def test_limit(tmp_path, capsys):
-    bench.main('many_small', 'adam,sgd,lion', seconds=0.6, threads=1, parts='cells', limit=1, out=str(tmp_path))
+    kw = dict(seconds=0.6, threads=1, parts='cells', limit=1)
+    bench.main.__wrapped__('many_small', 'adam,sgd,lion', out=str(tmp_path), **kw)
     assert 'Time is up' in capsys.readouterr().out and len({*Report.load(tmp_path).cells.optimizer}) < 3
 
 def test_peer_that_cannot(capsys):

@@ -8,7 +8,7 @@ import torch
 from torch import nn,Tensor
 
 from tests import engine
-from tests.learners import quiet,tensor_dls,vision
+from tests.learners import adam_of_ones_own,quiet,tensor_dls,vision
 from tests.cases import *
 from tests.support import eight
 from fastai.callback.core import Callback
@@ -217,23 +217,20 @@ def test_mistakes(case, tmp_path):
     if 'mom' in step.hypers:
         with pytest.raises(TypeError, match="Hyper `mom` of group 0 has to be a number, but is 'high'"): learn.fit(1)
 
-def of_my_own(params, lr, mom=0.8, **kwargs):
-    "A factory of somebody's"
-    return Adam(params, lr=lr, mom=mom, **kwargs)
-
 @pytest.mark.parametrize('convert', [jit_opt,'to_jit'], ids=['jit_opt','to_jit'])
 def test_factory_of_ones_own(convert):
     "Keywords, of which fastai reads `lr`, name and documentation stay; it pickles, and goes back"
-    f = partial(of_my_own, lr=0.05, eps=1e-7)
+    f = partial(adam_of_ones_own, lr=0.05, eps=1e-7)
     learn = quiet(Learner(tensor_dls(), nn.Linear(4, 2), loss_func=noop, opt_func=f))
     if convert == 'to_jit': learn.to_jit()
     else: learn.opt_func = convert(f)
     made = learn.opt_func
-    assert made.keywords == f.keywords and made.func.__name__ == 'of_my_own' and made.func.__doc__ == of_my_own.__doc__
+    assert made.keywords == f.keywords and made.func.__name__ == 'adam_of_ones_own'
+    assert made.func.__doc__ == adam_of_ones_own.__doc__
     learn.create_opt()
     assert isinstance(learn.opt, JitOptimizer) and learn.lr == learn.opt.hypers[0]['lr'] == 0.05
     assert learn.opt.hypers[0]['mom'] == 0.8 and learn.opt.hypers[0]['eps'] == 1e-7
     again = pickle.loads(pickle.dumps(made))
     assert isinstance(again([nn.Parameter(torch.ones(1))]), JitOptimizer) and jit_opt(made) is made
     learn.to_native()
-    assert learn.opt_func.func is of_my_own and learn.opt_func.keywords == f.keywords
+    assert learn.opt_func.func is adam_of_ones_own and learn.opt_func.keywords == f.keywords

@@ -170,7 +170,17 @@ def test_sidebar():
 def test_metadata():
     "Name and version stand in two places each, since neither can be read from the other; they agree"
     assert get_config(root).lib_name == settings['lib_name']
-    assert f'## {fastxtend_jit.__version__}' in (root/'CHANGELOG.md').read_text()
+    assert f'## {fastxtend_jit.__version__} (' in (root/'CHANGELOG.md').read_text()  # with its date
+
+def test_what_is_claimed_is_tested():
+    "The lowest versions that are asked for, and the Pythons of the metadata, are those that the workflow has"
+    lowest = dict(l.split('==') for l in (root/'.github'/'lowest.txt').read_text().splitlines() if '==' in l)
+    asked = dict(o.split('>=') for o in settings['requirements'].split())
+    assert lowest.keys() == asked.keys()
+    for n,v in asked.items(): assert re.fullmatch(re.escape(v)+r'(\.0|\.\*)?', lowest[n])
+    workflow,pythons = (root/'.github'/'workflows'/'test.yml').read_text(),settings['pythons'].split()
+    assert '-c .github/lowest.txt' in workflow and {*re.findall(r"'(3\.\d+)'", workflow)} == {*pythons}
+    assert f'requires-python = ">={pythons[0]}"' in (root/'pyproject.toml').read_text()
 
 def run(*args, **env):
     res = subprocess.run([sys.executable, *args], capture_output=True, text=True, env={**os.environ, **env})
@@ -194,6 +204,8 @@ def test_wheel(copy):
     needs = {l[15:] for l in meta.splitlines() if l.startswith('Requires-Dist: ') and 'extra ==' not in l}
     assert needs == {*settings['requirements'].split()}
     assert '](nbs/' not in meta  # README's links lead somewhere on PyPI too
+    assert 'Project-URL: Changelog, ' in meta
+    for v in settings['pythons'].split(): assert f'Classifier: Programming Language :: Python :: {v}\n' in meta
     os.chdir(copy/'site')
     where = 'import fastxtend_jit.all as a; print(a.__file__)'
     res = run('-W', 'error::UserWarning', '-W', 'always::FutureWarning', '-c', where, PYTHONPATH=str(copy/'site'))
