@@ -60,19 +60,27 @@ def _why(step, bucket, form, grads, scalars, calls):
 
 def _cost(r): return {'ATen calls':r.calls.total(), 'scratch, MiB':round(r.peak/2**20, 2)}
 
+def _ranges(ns):
+    "Whole numbers as text: '0-2, 5'; a single one as it is"
+    if len(ns) == 1: return ns[0]
+    starts = [n for n in ns if n-1 not in ns]
+    ends = [n for n in ns if n+1 not in ns]
+    return ', '.join(str(a) if a == b else f'{a}-{b}' for a,b in zip(starts, ends))
+
 def _row(opt, bucket, form, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
     r = _rehearse(bucket.run, key.device, form, grads, scalars)
     wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.
-    return {'group': key.group, 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device), 'tensors': len(ps),
-            'elements': sum(p.numel() for p in ps), 'batches': len(form.fixed[0]), 'path': _path(r.calls),
+    return {'group': _ranges(bucket.groups), 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device),
+            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': len(bucket.lists(form, grads)[0]),
+            'path': _path(r.calls),
             'why not faster': _why(opt.opt_step, bucket, form, grads, scalars, r.calls), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
     "What the next step does, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
-    x,_,calls = self._prepare() if self._plan else (None,None,())
+    x,_,calls,_ = self._prepare() if self._roster else (None,None,(),None)
     if not calls:
         raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` "
                            "after `backward()`. The same holds after `clear_state` (which `freeze` calls), after "

@@ -20,7 +20,7 @@ from .calls import OneByOne
 from .memory import (is_dense,laid_out_like,lasting,overlapping,significant_strides,takes_lists,
                                   to_local)
 from .optimizer import JitOptimizer,copy_for
-from .plan import cut,max_elements,same,split
+from .plan import cut,max_elements,rehearse,same,split
 from .step import ENGINE_ARGS,jit_step
 from .validate import as_scalar,check_allocated,check_slow_weights,check_state,param_names
 
@@ -89,11 +89,11 @@ class JitLookahead(JitOptimizer):
         for p,name in zip(chain(*self.param_lists), param_names(self.param_lists)): check_allocated(p, name)
         with lasting(): return super()._inputs(slow_weights=[p.clone().detach() for p in chain(*self.param_lists)])
 
-    def _commit(self, plan, x):
+    def _commit(self, roster, x):
         slow = x.lists['slow_weights']
         # they may come from a model in another memory format
         with lasting(): slow[:] = map(laid_out_like, x.params, slow)
-        super()._commit(plan, x)
+        super()._commit(roster, x)
         self.slow_weights,self._owners = _in_groups(slow, x.groups),x.params
 
     def _finish(self, x):
@@ -137,7 +137,19 @@ def _engine_values(self:JitLookahead, plan, x):
             p = x.params[i]
             check_state(p, x.lists['slow_weights'][i], 'slow_weights', plan.names[i])
             self._outside_step.setdefault(i if one_by_one else (p.device,p.dtype,takes_lists(p)), []).append(i)
+        self._rehearse(plan, x)
     return dict(alpha=as_scalar(self.alpha, float, "`alpha`"), lookahead=in_step) if self._in_step else {}
+
+@patch
+def _rehearse(self:JitLookahead, plan, x):
+    "Raise `TypeError` if a class of tensors that takes no lists cannot be pulled either"
+    for at in self._outside_step.values():
+        if takes_lists(x.params[at[0]]): continue
+        columns = [[ts[i] for i in at] for ts in (x.params,x.lists['slow_weights'])]
+        if failed := rehearse(lambda params,slow: _look_ahead(params[0], slow[0], self.alpha), columns):
+            k,e = failed
+            raise TypeError(f"{plan.names[at[k]]} is a `{type(columns[0][k]).__name__}`, for which there is no "
+                            f"lookahead: {e}") from e
 
 @patch
 def _after(self:JitLookahead, x):

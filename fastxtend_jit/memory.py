@@ -11,7 +11,7 @@ __all__ = ['has_storage', 'to_local', 'takes_lists', 'significant_strides', 'is_
 
 # %% ../nbs/02_memory.ipynb #bb3d9094
 from bisect import bisect_left
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from functools import cache
 from itertools import accumulate
 from typing import Callable
@@ -153,9 +153,12 @@ def _meet(ts, spans, end, n):
 
 # %% ../nbs/02_memory.ipynb #d432be0b
 @contextmanager
-def lasting():
-    "A context in which new tensors are normal ones, which can be written to anywhere"
+def _lasting():
     with torch.inference_mode(False), torch.no_grad(): yield
+
+def lasting():
+    "A context in which new tensors are normal ones, without a history, which can be written to anywhere"
+    return _lasting() if torch.is_inference_mode_enabled() or torch.is_grad_enabled() else nullcontext()
 
 # %% ../nbs/02_memory.ipynb #49c1e99c
 class WrittenMemory:

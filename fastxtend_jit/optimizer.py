@@ -23,7 +23,7 @@ from fastcore.foundation import L
 
 from .calls import OneByOne
 from .memory import lasting,takes_lists
-from .plan import Inputs,Key,Plan
+from .plan import Inputs,Key,Roster
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
 from .validate import as_scalar,check_state_dict,refuse_arguments,refuse_hyper,warn_of_hypers
@@ -49,7 +49,7 @@ class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _engine_args = ENGINE_ARGS  # step arguments that the engine supplies, with their types
     _reserved = 'self','opt_step'  # constructor arguments, whose names a step cannot have for its own
-    _consts,_listed,_plan = (),(),None  # names of constants, and of state kept as one list; the plan of the last step
+    _consts,_listed,_roster = (),(),None  # names of constants, and of state kept as one list; who is fit for a step
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
@@ -98,9 +98,9 @@ class JitOptimizer(Optimizer):
     def clear_state(self):
         "Forget averages and step counts; keep which parameters take no decay and which are always trained"
         super().clear_state()
-        self._plan = None
+        self._roster = None
 
-    def __getstate__(self): return {**self.__dict__, '_plan':None}
+    def __getstate__(self): return {**self.__dict__, '_roster':None}
 
 # %% ../nbs/07_optimizer.ipynb #10ba299b
 @patch
@@ -167,10 +167,18 @@ def _inputs(self:JitOptimizer, **lists):
     return Inputs(self.param_lists, params, [p.grad for p in params], self.state, lists)
 
 @patch
+def _alike(self:JitOptimizer):
+    "For each parameter group, the first group with equal hypers"
+    names,first = [n for n in self.opt_step.hypers if n not in self._engine_args],{}
+    try: return [first.setdefault(tuple([h[n] for n in names]), i) for i,h in enumerate(self.hypers)]
+    except (KeyError,TypeError): return [*range(len(self.hypers))]  # lost or no numbers: each for itself
+
+@patch
 def _prepare(self:JitOptimizer):
-    "Inputs, plan, and form and scalars of each bucket; raises if the step cannot be taken"
-    x,plan,step = self._inputs(),self._plan,self.opt_step
-    if plan is None or not plan.holds(x): plan = Plan(step, self.state_names, x)
+    "Inputs, plan, form and scalars of each bucket, and roster; raises if the step cannot be taken"
+    x,step = self._inputs(),self.opt_step
+    roster = self._roster and self._roster.after(x) or Roster(step, self.state_names, x)
+    plan = roster.plan(x, self._alike())
     engine_values,flags,calls = self._engine_values(plan, x),self._flags,[]
     for b in plan.buckets:
         scalars = self._scalars(b.key, b.steps_taken, **engine_values)
@@ -179,7 +187,10 @@ def _prepare(self:JitOptimizer):
         calls.append((b,form,scalars))
     if step.check:
         for *_,scalars in calls: step.check(**scalars)
-    return x,plan,calls
+    return x,plan,calls,roster
+
+# Without this layer of PyTorch's dispatcher autograd does not learn that parameters are written to, as with `p.data`
+_counts_writes = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 def _not_traced(f):
     "`f` as it is, wherever `torch.compile` meets it: `torch.compiler.disable` would import torch._dynamo"
@@ -201,23 +212,24 @@ def step(self:JitOptimizer,
     "Take a step for all parameters that have a gradient; raises, before it changes anything, if one cannot take it"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: "
                                                       "compute the loss and gradients, then call `step()`.")
-    x,plan,calls = self._prepare()
-    is_new,self._plan = plan is not self._plan,None
-    if is_new: self._commit(plan, x)
-    for bucket,form,scalars in calls:
-        try: bucket.run(form, x.grads, scalars)
-        except Exception: raise
-        except BaseException: bucket.count_step(); raise  # Ctrl-C arrives only after the kernels have returned
-        bucket.count_step()
-    self._finish(x)
-    self._plan = plan
+    x,plan,calls,roster = self._prepare()
+    is_new,self._roster = roster is not self._roster,None
+    if is_new: self._commit(roster, x)
+    with torch._C._ExcludeDispatchKeyGuard(_counts_writes):
+        for bucket,form,scalars in calls:
+            try: bucket.run(form, x.grads, scalars)
+            except Exception: raise
+            except BaseException: bucket.count_step(); raise  # Ctrl-C arrives only after the kernels have returned
+            bucket.count_step()
+        self._finish(x)
+    self._roster = roster
     self.opt_step.uses += 1
 
-# What a lookahead adds: values that the engine supplies, state of a new plan, and what comes after all buckets
+# What a lookahead adds: values that the engine supplies, state of a new roster, and what comes after all buckets
 @patch
 def _engine_values(self:JitOptimizer, plan, x): "More scalars that the engine supplies"; return {}
 @patch
-def _commit(self:JitOptimizer, plan, x): "Install a new plan's state"; plan.commit(x)
+def _commit(self:JitOptimizer, roster, x): "Install a new roster's state"; roster.commit(x)
 @patch
 def _after(self:JitOptimizer, x): "What is computed after all buckets"
 @patch
@@ -258,7 +270,7 @@ def load_state_dict(self:JitOptimizer,
     self._check_state_dict(sd)
     params = self.all_params().itemgot(0)
     self.state = defaultdict(dict, {p: {k:copy_for(p, v) for k,v in st.items()} for p,st in zip(params, sd['state'])})
-    self.hypers,self._plan = L({**h} for h in sd['hypers']),None
+    self.hypers,self._roster = L({**h} for h in sd['hypers']),None
 
 @patch
 def _check_state_dict(self:JitOptimizer, sd):

@@ -18,16 +18,17 @@ def engine_files():
     return {m.__file__ for m in (optimizer,lookahead,plan)}
 
 def plan_of(opt):
-    "What the next step goes by, if nothing has changed; `None` if it has to be made"
-    return opt._plan
+    "What the last step went by; `None` if all has to be looked at anew"
+    return opt._roster and opt._roster._last
 
 def drop_plan(opt):
-    "The next step makes a plan anew"
-    opt._plan = None
+    "The next step looks at everything anew"
+    opt._roster = None
 
 def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"
-    res = plan.Plan(opt.opt_step, opt.state_names, opt._inputs()._replace(params=params, grads=grads))
+    x = opt._inputs()._replace(params=params, grads=grads)
+    res = plan.Roster(opt.opt_step, opt.state_names, x).plan(x, opt._alike())
     for b in res.buckets: b.form(opt._scalars(b.key), opt._flags)
     return res
 

@@ -48,9 +48,11 @@ def split(ts, sizes):
 # --- Optimizers on their way
 
 def trained(case, steps, shapes=((3,4),(5,),(2,2)), sizes=(2,1), dtype=torch.float64):
-    "An optimizer of ours that has taken `steps` steps, with gradients for the next; Ranger looks ahead at every second"
-    ps = parameters(*shapes, dtype=dtype)
-    opt = case.make(split(ps, sizes), True, **dict(k=2) if case.jit is ranger_jit else {})
+    """An optimizer of ours that has taken `steps` steps, with gradients for the next; Ranger looks ahead at each second
+
+    Each group has a learning rate of its own, so that they step apart"""
+    ps,lrs = parameters(*shapes, dtype=dtype),[0.01/(i+1) for i in range(len(sizes))]
+    opt = case.make(split(ps, sizes), True, lr=lrs, **dict(k=2) if case.jit is ranger_jit else {})
     for i in range(steps): new_grads(ps, i); opt.step()
     new_grads(ps, 99)
     return opt

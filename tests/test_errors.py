@@ -55,6 +55,7 @@ BAD = dict(  # what breaks the last parameter, the error, and what its message h
 @pytest.mark.parametrize('what', BAD)
 def test_error_says_what(case, what, steps):
     "A step that raises has changed nothing; once the cause is mended, training goes on as if it had never happened"
+    if what == 'state_step' and 'step' not in case.step.args: return  # nobody reads it
     harm,err,parts = BAD[what]
     opt,ref = twins(case, steps)
     mend = harm(opt, opt.param_lists[1][1])
@@ -136,7 +137,7 @@ def last(opt): return opt.param_lists[-1][-1]
 # The last parameter of the last group is bad
 def bad_string(opt, mp):  opt.hypers[-1]['lr'] = 'high'
 def bad_none(opt, mp):    opt.hypers[-1]['wd' if 'wd' in opt.hypers[-1] else 'lr'] = None
-def bad_number(opt, mp):  opt.hypers[-1]['lr'] = BadNumber(0.01)
+def bad_number(opt, mp):  opt.hypers[-1]['lr'] = BadNumber(0.5)
 def bad_missing(opt, mp): del opt.hypers[-1]['lr']
 def bad_short(opt, mp):   opt.hypers = L(list(opt.hypers)[:-1])
 def bad_dtype(opt, mp):   last(opt).data = last(opt).data.double()

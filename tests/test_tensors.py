@@ -79,14 +79,14 @@ def test_class_that_cannot_take_the_step(case):
     ours, = _twins(case, lambda t: nn.Parameter(NoSquares(t/2)), steps=0, jits=[True])
     new_grads(params_of(ours))
     before = [numbers(p.detach()).clone() for p in params_of(ours)]
-    with pytest.raises(TypeError, match=r'parameter 1 of group 0.* is a `NoSquares`.* cannot .*knows no'): ours.step()
+    with pytest.raises(TypeError, match=r'parameter . of group ..* is a `NoSquares`.* cannot .*knows no'): ours.step()
     assert all(map(torch.equal, before, (numbers(p.detach()) for p in params_of(ours))))
     assert not any(st.keys() & {*ours.state_names,'step'} for st in ours.state.values())
 
 def test_explain_tells_of_a_class():
     ours, = _twins(ALL[2], lambda t: nn.Parameter(NoLists(t/2)), steps=1, jits=[True])
     why = ours.explain()['why not faster']
-    assert why.str.contains('class of tensors').sum() == 2 and (why == '').sum() == 2
+    assert why.str.contains('class of tensors').tolist() == [False,True] and why[0] == ''
 
 class Retracting(Tensor):
     "Moves along a curve, and not by adding"
