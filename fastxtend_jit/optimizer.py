@@ -13,6 +13,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from functools import wraps
 from itertools import chain
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Callable
 
@@ -169,9 +170,12 @@ def _inputs(self:JitOptimizer, **lists):
 @patch
 def _alike(self:JitOptimizer):
     "For each parameter group, the first group with equal hypers"
-    names,first = [n for n in self.opt_step.hypers if n not in self._engine_args],{}
-    try: return [first.setdefault(tuple([h[n] for n in names]), i) for i,h in enumerate(self.hypers)]
-    except (KeyError,TypeError): return [*range(len(self.hypers))]  # lost or no numbers: each for itself
+    every,names = range(len(self.hypers)),[n for n in self.opt_step.hypers if n not in self._engine_args]
+    try:
+        values = [*map(itemgetter(*names), self.hypers)] if names else [()]*len(every)
+        first = dict(zip(reversed(values), reversed(every)))
+        return [*map(first.__getitem__, values)]
+    except (KeyError,TypeError): return [*every]  # lost or no numbers: each for itself
 
 @patch
 def _prepare(self:JitOptimizer):

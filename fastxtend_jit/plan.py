@@ -1,4 +1,4 @@
-"""Which parameters step together, in which batches, and whether that still holds
+"""Which parameters are fit for a step, which step together, in which batches, and whether that still holds
 
 Docs: https://fastxtend.github.io/fastxtend_jit/plan.html.md"""
 
@@ -195,10 +195,10 @@ def _pack(slots, name):
 
 def _vector(ts):
     "The numbers `ts` as a vector, and whether it is a copy, since they do not follow one another in memory"
-    t,n = ts[0],len(ts)
-    size,at = t.element_size(),t.data_ptr()
-    ends = (t.storage_offset()+n)*size <= t.untyped_storage().nbytes()
-    if ends and [*map(Tensor.data_ptr, ts)] == [*range(at, at+n*size, size)]: return t.as_strided((n,), (1,)),False
+    base,at = ts[0]._base,ts[0].storage_offset()
+    in_a_row = base is not None and all(t._base is base for t in ts)
+    if in_a_row and [t.storage_offset() for t in ts] == [*range(at, at+len(ts))]:
+        return base.as_strided((len(ts),), (1,), at),False
     return torch.stack(ts),True
 
 @dataclass(slots=True)

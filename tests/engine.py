@@ -21,6 +21,14 @@ def plan_of(opt):
     "What the last step went by; `None` if all has to be looked at anew"
     return opt._roster and opt._roster._last
 
+def roster_of(opt):
+    "What is known of all parameters that have had a gradient"
+    return opt._roster
+
+def number_of_plans(opt):
+    "How many choices of who steps together are kept"
+    return len(opt._roster._plans)
+
 def drop_plan(opt):
     "The next step looks at everything anew"
     opt._roster = None
