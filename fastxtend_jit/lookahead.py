@@ -112,7 +112,7 @@ class JitLookahead(JitOptimizer):
         "State dict of fastai's form, with `count` and `slow_weights`"
         try: slow = self.slow_weights and _in_groups(self._regrouped(), self.param_lists)
         except ValueError: slow = self.slow_weights  # the next step will be refused; saving is not
-        return {**super().state_dict(), 'count': self.count, 'slow_weights': slow}
+        return {**super().state_dict(), 'count': self.count, 'slow_weights': slow and [[*ts] for ts in slow]}
 
     def load_state_dict(self,
         sd:dict # State dict of this optimizer or of its fastai counterpart

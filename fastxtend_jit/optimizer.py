@@ -8,7 +8,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 __all__ = ['SPREAD_SCALARS', 'JitOptimizer', 'copy_for']
 
 # %% ../nbs/07_optimizer.ipynb #eb792d6a
-import warnings
+import sys,warnings
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import wraps
@@ -27,7 +27,8 @@ from .memory import lasting,takes_lists
 from .plan import Inputs,Key,Roster,Takes,same
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
-from .validate import as_scalar,check_state_dict,param_names,refuse_arguments,refuse_hyper,warn_of_hypers
+from .validate import (as_scalar,check_state_dict,param_names,refuse_arguments,refuse_hyper,
+                                    refuse_pytorch_name,warn_of_hypers)
 
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
@@ -282,10 +283,24 @@ def _by_kind(ts):
     for t in ts: res.setdefault((type(t),t.dtype,t.device), []).append(t)
     return res.values()
 
+@_not_traced
+def _warn_of_accumulation():
+    "Warn if Accelerate accumulates gradients: an optimizer that it wraps is not called then"
+    state = getattr(sys.modules.get('accelerate.state'), 'GradientState', None)
+    if state and not state().sync_gradients:
+        warnings.warn("Accelerate accumulates gradients here, but has not wrapped this optimizer, which steps at every "
+                      "batch: pass `opt.as_torch()` to `accelerator.prepare`, and use what that returns.")
+
 @patch
 @torch.no_grad()
-def zero_grad(self:JitOptimizer):
+def zero_grad(self:JitOptimizer,
+    set_to_none:bool=False # Drop gradients, as PyTorch does by default? Parameters without one take no step
+):
     "Zero all gradients in place, in one call for each dtype and device"
+    _warn_of_accumulation()
+    if set_to_none:
+        for p in chain.from_iterable(self.param_lists): p.grad = None
+        return
     grads = [g for p in chain.from_iterable(self.param_lists) if (g := p.grad) is not None]
     for g in grads:
         if g.requires_grad: g.detach_()
@@ -300,6 +315,16 @@ def copy_for(
     if not isinstance(v, Tensor): return v
     # The model may still move: fastai sends it to the GPU when training starts
     with lasting(): return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
+
+def _plain(v):
+    "A number of NumPy's, which fastai makes of a slice, as Python's"
+    return v.item() if hasattr(v, 'item') and v.ndim == 0 else v
+
+@patch
+def state_dict(self:JitOptimizer):
+    "State dict of fastai's form, in plain lists and dicts, which `torch.load` takes"
+    return {'state': [self.state[p] for p in chain.from_iterable(self.param_lists)],
+            'hypers': [{k:_plain(v) for k,v in h.items()} for h in self.hypers]}
 
 @patch
 def load_state_dict(self:JitOptimizer,
@@ -318,6 +343,76 @@ def _check_state_dict(self:JitOptimizer, sd):
         stored = [n for n in states if n not in self._listed]
         check_state_dict(sd, self.param_lists, hypers, states, needed=[n for n in (*stored,'step') if n in step.args],
                          numbers=step.scalar_state, of=[i for i,t in enumerate(takes) if t.step is step])
+
+# %% ../nbs/07_optimizer.ipynb #dcc682f3
+class _Group(dict):
+    "A parameter group: a dict of its parameters and hypers, and what is written to it is written to the optimizer"
+    def __init__(self, opt, i):
+        super().__init__(params=opt.param_lists[i], **opt.hypers[i])
+        self._opt,self._i = opt,i
+
+    def _checked(self, new):
+        "`new` with hypers as numbers; raises `TypeError` for what is none, or is named otherwise here"
+        step,what = self._opt.opt_step,"Hyper `{}` of group {}"
+        hypers = [n for n in step.hypers if n not in self._opt._engine_args]
+        for k in new: refuse_pytorch_name(step.__name__, k, hypers)
+        return {k: as_scalar(v, float, what.format(k, self._i)) if k in hypers or k in FASTAI_HYPERS else v
+                for k,v in new.items()}
+
+    def update(self, *args, **kwargs):
+        new = self._checked(dict(*args, **kwargs))
+        super().update(new)
+        if 'params' in new: self._opt.param_lists[self._i] = L(new.pop('params'))
+        self._opt.hypers[self._i].update(new)
+
+    def __setitem__(self, k, v): self.update({k:v})
+    def __ior__(self, other): self.update(other); return self
+    def setdefault(self, k, default=None):
+        if k not in self: self[k] = default
+        return self[k]
+    def __reduce__(self): return dict,({**self},)  # a copy is by itself
+
+def _groups(self):
+    "A dict of parameters and hypers for each group; what is written to it is written to the optimizer"
+    return [_Group(self, i) for i in range(min(len(self.param_lists), len(self.hypers)))]
+
+def _set_groups(self, v):
+    for g,new in [(g,g._checked(new)) for g,new in zip(_groups(self), v)]: g.update(new)
+
+JitOptimizer.param_groups = property(_groups, _set_groups)
+
+# %% ../nbs/07_optimizer.ipynb #d3546805
+class _AsTorch(torch.optim.Optimizer):
+    "An optimizer of ours as one of PyTorch's class"
+    def __init__(self, opt):
+        self.opt = opt
+        super().__setstate__({})  # PyTorch's hooks, without groups of its own as its constructor makes them
+
+    def __reduce__(self): return type(self),(self.opt,)
+    @property
+    def state(self): return self.opt.state
+    @property
+    def defaults(self): return {**self.opt.hypers[0]}
+    @property
+    def param_groups(self): return self.opt.param_groups
+    @param_groups.setter
+    def param_groups(self, v): self.opt.param_groups = v
+
+    def step(self, closure=None):
+        "Take a step; with `closure`, which computes loss and gradients, call it first, and return the loss"
+        with torch.enable_grad(): loss = closure and closure()
+        self.opt.step()
+        return loss
+    def zero_grad(self, set_to_none=True): self.opt.zero_grad(set_to_none)
+    def state_dict(self): return self.opt.state_dict()
+    def load_state_dict(self, state_dict): self.opt.load_state_dict(state_dict)
+    def add_param_group(self, param_group):
+        raise NotImplementedError("fastai's optimizers keep their groups: make a new optimizer to add one.")
+
+@patch
+def as_torch(self:JitOptimizer) -> torch.optim.Optimizer:
+    "This optimizer as one of PyTorch's class, for its schedulers and for Accelerate; it has this one as `opt`"
+    return _AsTorch(self)
 
 # %% ../nbs/07_optimizer.ipynb #b22cc3da
 def __getattr__(name):

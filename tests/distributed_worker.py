@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import noop,patch
+from accelerate import Accelerator
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoader,DataLoaders
 from fastai.distributed import DistributedDL
@@ -92,6 +93,24 @@ def accelerate(case):
     equal(two.opt, one.opt)
     same_on_both(two.model)
 
+def accumulate(case):
+    "Accelerate in a loop of one's own: two batches to a step, of which each process has one half"
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    one,two = net(),net()
+    ours,ref = make(case, two),make(case, one)
+    m,opt = acc.prepare(two, ours.as_torch())
+    for x,y in zip(xs, ys):
+        with acc.accumulate(m):
+            acc.backward(mse_loss(m(mine(x)), mine(y)))
+            opt.step()
+            opt.zero_grad()
+    for x,y in zip(*(t.unflatten(0, (5,2)).flatten(1,2) for t in (xs,ys))):
+        mse_loss(one(x), y).backward()
+        ref.step()
+        ref.zero_grad()
+    equal(ours, ref)
+    same_on_both(two)
+
 def shard(m, mesh):
     for l in m:
         if isinstance(l, nn.Linear): fully_shard(l, mesh=mesh)
@@ -156,7 +175,7 @@ def placements(case):
         opt.step()
     equal(opt, ref)
 
-CHECKS = [ddp, accelerate] + [fsdp, hsdp, mixed, placements]*bool(fully_shard)
+CHECKS = [ddp, accelerate, accumulate] + [fsdp, hsdp, mixed, placements]*bool(fully_shard)
 
 def main(path):
     "Write what went wrong, by check and optimizer, to `path`"

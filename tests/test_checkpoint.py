@@ -3,6 +3,7 @@ import copy,json,os,signal,subprocess,sys,traceback,warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn,Tensor
@@ -60,15 +61,17 @@ def test_both_ways(case, saves, loads, tmp_path):
 
 @many
 def test_form(case, tmp_path):
-    "`state_dict` has fastai's keys and types"
-    def form(o):
+    "`state_dict` has fastai's keys and types, but plain lists for `L`, and Python's numbers for NumPy's"
+    plain = {L:list, np.float64:float}
+    def form(o, to={}):
         # fastai's is a number where it is `lr`
-        item = lambda k,v: form(torch.as_tensor(v, dtype=torch.float64) if k == 'local_lr' else v)
+        item = lambda k,v: form(torch.as_tensor(v, dtype=torch.float64) if k == 'local_lr' else v, to)
         if isinstance(o, dict): return {k: item(k, v) for k,v in o.items()}
-        if isinstance(o, (list,L)): return type(o),[*map(form, o)]
-        return (o.shape,o.dtype) if isinstance(o, Tensor) else type(o)
+        cls = to.get(type(o), type(o))
+        if isinstance(o, (list,L)): return cls,[form(x, to) for x in o]
+        return (o.shape,o.dtype) if isinstance(o, Tensor) else cls
     theirs,ours = [trained_learner(case, jit, tmp_path).opt.state_dict() for jit in (False,True)]
-    assert form(ours) == form(theirs)
+    assert form(ours) == form(theirs, plain)
 
 @many
 def test_no_alias(case, tmp_path):
