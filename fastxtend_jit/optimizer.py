@@ -353,9 +353,9 @@ class _Group(dict):
 
     def _checked(self, new):
         "`new` with hypers as numbers; raises `TypeError` for what is none, or is named otherwise here"
-        step,what = self._opt.opt_step,"Hyper `{}` of group {}"
-        hypers = [n for n in step.hypers if n not in self._opt._engine_args]
-        for k in new: refuse_pytorch_name(step.__name__, k, hypers)
+        steps,what = self._opt.steps,"Hyper `{}` of group {}"
+        hypers = _hypers(steps, self._opt._engine_args)
+        for k in new: refuse_pytorch_name(_names(steps), k, hypers)
         return {k: as_scalar(v, float, what.format(k, self._i)) if k in hypers or k in FASTAI_HYPERS else v
                 for k,v in new.items()}
 
