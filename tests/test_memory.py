@@ -5,6 +5,7 @@ from typing import List
 import pytest
 import torch
 from torch import Tensor,nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastxtend_jit.step import jit_step
 from fastxtend_jit.calls import peak_memory
@@ -229,6 +230,19 @@ def test_lets_go(case, forget):
     del state
     gc.collect()
     assert old and not any(r() is not None for r in old)
+
+@pytest.mark.parametrize('case', ALL+TWO_AHEAD, ids=str)
+@pytest.mark.parametrize('uses', [0,500])  # as plain Python, and compiled
+def test_model_takes_its_memory_along(case, uses):
+    "A model that moves, to another device or dtype, leaves nothing behind: tensors in one piece, in pieces, flattened"
+    m = nn.Sequential(nn.Linear(700,700), nn.Conv2d(8,8,3).to(memory_format=torch.channels_last))
+    opt,ps = case.make([*m.parameters()], True),[*m.parameters()]
+    for s in opt.steps: s.uses = max(s.uses, uses)
+    for i in range(3): new_grads(ps, i); opt.step()
+    for p in ps: p.grad = None
+    left = [StorageWeakRef(p.untyped_storage()) for p in ps]
+    m.half()
+    assert all(o.expired() for o in left)
 
 # --- How much
 
