@@ -317,7 +317,7 @@ def copy_for(
     with lasting(): return v.detach().to(v.device if p.is_cpu else p.device, copy=True)
 
 def _plain(v):
-    "A number of NumPy's, which fastai makes of a slice, as Python's"
+    "A number of NumPy's, as fastai's one-cycle schedule sets it, as Python's"
     return v.item() if hasattr(v, 'item') and v.ndim == 0 else v
 
 @patch
@@ -344,7 +344,7 @@ def _check_state_dict(self:JitOptimizer, sd):
         check_state_dict(sd, self.param_lists, hypers, states, needed=[n for n in (*stored,'step') if n in step.args],
                          numbers=step.scalar_state, of=[i for i,t in enumerate(takes) if t.step is step])
 
-# %% ../nbs/07_optimizer.ipynb #dcc682f3
+# %% ../nbs/07_optimizer.ipynb #933ee003
 class _Group(dict):
     "A parameter group: a dict of its parameters and hypers, and what is written to it is written to the optimizer"
     def __init__(self, opt, i):
@@ -381,7 +381,7 @@ def _set_groups(self, v):
 
 JitOptimizer.param_groups = property(_groups, _set_groups)
 
-# %% ../nbs/07_optimizer.ipynb #d3546805
+# %% ../nbs/07_optimizer.ipynb #c4e3f3fb
 class _AsTorch(torch.optim.Optimizer):
     "An optimizer of ours as one of PyTorch's class"
     def __init__(self, opt):
