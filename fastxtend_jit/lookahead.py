@@ -38,7 +38,7 @@ def _settings_of(opt, step, decouple_wd, defaults):
     if isinstance(opt, JitLookahead) or any('slow_weights' in s.args for s in opt.steps):
         raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
     has,consts = {n: n in opt.state_names for s in opt.steps for n in s.optional},{**opt.consts}
-    hypers = {n:v for n,v in opt.hypers[0].items() if any(n in s.hypers for s in opt.steps)}
+    hypers = {n:as_scalar(v, float, n) for n,v in opt.hypers[0].items() if any(n in s.hypers for s in opt.steps)}
     return opt.param_lists,opt.steps,consts.pop('decouple_wd'),{**has, **consts, **hypers, 'choose':opt.choose}
 
 # %% ../nbs/08_lookahead.ipynb #d98d77dc
