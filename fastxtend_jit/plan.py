@@ -450,10 +450,12 @@ class Roster:
     "All parameters that have had a gradient, fit for a step; raises if one of them cannot take it"
     def __init__(self,
         x:Inputs, # What a step finds, which stays as it is
-        known:list=() # Slots that are known to be right
+        old=None # A roster whose slots are known to be right
     ):
         self.fingerprint,self.written,self.names = None,None,param_names(x.groups)
-        known,group_of = {s.index:s for s in known},[i for i,pg in enumerate(x.groups) for _ in pg]
+        # a number for each parameter is packed anew, in slots of this roster
+        known = {s.index: replace(s, state={**s.state}) if s.step.scalar_state else s for s in old.slots} if old else {}
+        group_of = [i for i,pg in enumerate(x.groups) for _ in pg]
         fit = {i for i,(p,g) in enumerate(zip(x.params, x.grads)) if g is not None and p.numel() > 0}
         for i in {*fit,*known}: self.names[i] += f' (shape {tuple(x.params[i].shape)})'
         for i in sorted(fit - {*known}): check_grad(x.params[i], x.grads[i], self.names[i])
@@ -463,7 +465,8 @@ class Roster:
             self.slots = [known.get(i) or self._new_slot(i, group_of[i], x) for i in every]
         self.without = [i for i,_ in enumerate(x.params) if i not in fit and i not in known]
         self._plans,self._last,self._stored = OrderedDict(),None,[s.stored for s in self.slots]
-        self._commons,self._tried = {},{}  # what buckets may have in common, numbered; how these run
+        # what buckets may have in common, numbered, as slots know it; how these run
+        self._commons,self._tried = (old._commons,old._tried) if old else ({},{})
         self._grads,self._safe = Grads(),set()
 
     def _new_slot(self, i, group, x):
@@ -493,8 +496,7 @@ class Roster:
         "The roster for the next step: itself, one with more parameters, or `None` if all have to be looked at anew"
         if not self.fingerprint.matches(x): return None
         if not any(x.grads[i] is not None and x.params[i].numel() for i in self.without): return self
-        # a number for each parameter is packed anew
-        return Roster(x, [replace(s, state={**s.state}) if s.step.scalar_state else s for s in self.slots])
+        return Roster(x, self)
 
     def steps_taken(self):
         "How many steps each of its parameters has taken"
@@ -551,9 +553,9 @@ def _check_grads_apart(self:Roster, x, plan):
     if self.written is None: self._check_apart(x)
     addresses = self._grads.addresses
     if addresses and addresses == plan.addresses: return
-    known = {(i,g.data_ptr(),g.stride()) for i in plan.with_storage for g in [x.grads[i]]}
-    new = sorted(known - self._safe)
-    for i,at,_ in new:
+    known = {(i,g.data_ptr(),g.stride(),g.dtype) for i in plan.with_storage for g in [x.grads[i]]}
+    new = sorted(known - self._safe, key=itemgetter(0))
+    for i,at,*_ in new:
         if at == 0: check_grad(x.params[i], x.grads[i], self.names[i])
     self.written.check_grads(*([o[i] for i,*_ in new] for o in (x.grads,self.names)))
     if len(self._safe) > 2**16: self._safe.clear()

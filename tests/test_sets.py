@@ -200,3 +200,22 @@ def test_patterns_of_the_benchmark():
             grads = [p.grad for p in ps]
             for i in range(6): pattern(opt, ps, grads, i, rng); opt.step()
         for p,q in zip(*map(params_of, opts)): close(q, p, TOL[torch.float64], name)
+
+@every
+def test_first_gradients_of_other_kinds(case):
+    "Parameters of another dtype and layout get their first gradient later, in every order"
+    kinds = [lambda: torch.randn(4,3), lambda: torch.randn(4,3, dtype=torch.float64), lambda: torch.randn(4,6)[:,::2],
+             lambda: torch.randn(2,3,4,4).to(memory_format=torch.channels_last), lambda: torch.randn(5)]
+    for first in range(len(kinds)):
+        opts = []
+        for jit in (False,True):
+            torch.manual_seed(first)
+            ps = [nn.Parameter(k() if jit else k().contiguous()) for k in kinds]
+            opts.append(case.make(ps, jit))
+            opts[-1].ps = ps
+        def late(opt, i, rng):
+            for k,p in enumerate(opt.ps):
+                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(10*i+k))
+                if (k-first)%len(kinds) > i or (k+i)%4 == 0: p.grad = None
+        _train(opts, 12, late)
+        for p,q in zip(*(o.ps for o in opts)): close(q, p, TOL[torch.float32])
