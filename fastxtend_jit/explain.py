@@ -72,10 +72,11 @@ def _row(opt, bucket, form, grads, scalars):
     key,ps = bucket.key,[s.param for s in bucket.slots]
     r = _rehearse(bucket.run, key.device, form, grads, scalars)
     wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.
-    return {'group': _ranges(bucket.groups), 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device),
+    step = {'step':bucket.step.__name__} if len(opt.steps) > 1 else {}
+    return {**step, 'group': _ranges(bucket.groups), 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device),
             'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': len(bucket.lists(form, grads)[0]),
             'path': _path(r.calls),
-            'why not faster': _why(opt.opt_step, bucket, form, grads, scalars, r.calls), **_cost(r)}
+            'why not faster': _why(bucket.step, bucket, form, grads, scalars, r.calls), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
@@ -90,7 +91,7 @@ def explain(self:JitOptimizer) -> pd.DataFrame:
     if after.calls:
         why = 'a lookahead, after the step'
         rows.append({'group':'all', 'path':_path(after.calls), 'why not faster':why, **_cost(after)})
-    return WholeTable(pd.DataFrame(rows).rename_axis(f'{self.opt_step.__name__}, next step', axis=1))
+    return WholeTable(pd.DataFrame(rows).rename_axis(f"{', '.join(s.__name__ for s in self.steps)}, next step", axis=1))
 
 @patch
 def explain(self:Learner) -> pd.DataFrame:  # noqa: F811

@@ -35,11 +35,11 @@ def _settings_of(opt, step, decouple_wd, defaults):
     if step is not None or decouple_wd is not None or defaults:
         raise TypeError("`JitLookahead` takes an optimizer as it is, with `k` and `alpha` by name: "
                         "`JitLookahead(opt, k=6, alpha=0.5)`.")
-    if isinstance(opt, JitLookahead) or 'slow_weights' in opt.opt_step.args:
+    if isinstance(opt, JitLookahead) or any('slow_weights' in s.args for s in opt.steps):
         raise TypeError(f"`{opt.opt_step.__name__}` already runs with a lookahead.")
-    has,consts = {n: n in opt.state_names for n in opt.opt_step.optional},{**opt.consts}
-    hypers = {n:v for n,v in opt.hypers[0].items() if n in opt.opt_step.hypers}
-    return opt.param_lists,opt.opt_step,consts.pop('decouple_wd'),{**has, **consts, **hypers}
+    has,consts = {n: n in opt.state_names for s in opt.steps for n in s.optional},{**opt.consts}
+    hypers = {n:v for n,v in opt.hypers[0].items() if any(n in s.hypers for s in opt.steps)}
+    return opt.param_lists,opt.steps,consts.pop('decouple_wd'),{**has, **consts, **hypers, 'choose':opt.choose}
 
 # %% ../nbs/08_lookahead.ipynb #d98d77dc
 LOOKAHEAD_ARGS = dict(alpha=float, lookahead=bool)  # what a step that looks ahead itself gets, with `slow_weights`
@@ -62,15 +62,18 @@ class JitLookahead(JitOptimizer):
         if opt_step is None:
             raise TypeError("`JitLookahead` needs a step function, or one of our optimizers in place of parameters, "
                             f"but got a `{type(params).__name__}`. For an optimizer of fastai's there is `jit_opt`.")
-        step = jit_step(opt_step)
+        steps = [*map(jit_step, opt_step if isinstance(opt_step, (list,tuple)) else [opt_step])]
+        step = next((s for s in steps if 'slow_weights' in s.args), steps[0])
         self._in_step = 'slow_weights' in step.args  # does the step itself look ahead?
+        if self._in_step and len(steps) > 1:
+            raise TypeError(f"`{step.__name__}` looks ahead itself, and has to be the only step of an optimizer.")
         if self._in_step and (lost := {*LOOKAHEAD_ARGS} - {*step.args}):
             raise TypeError(f"Step function `{step.__name__}` lacks {sorted(lost)}, which `JitLookahead` passes.")
         if self._in_step: self._engine_args = {**ENGINE_ARGS, **LOOKAHEAD_ARGS}
         self.k,self.alpha = as_scalar(k, int, "`k`"),as_scalar(alpha, float, "`alpha`")
         if self.k < 1:
             raise ValueError(f"`k` is the number of steps from one lookahead to the next, at least 1, but is {k}.")
-        super().__init__(params, step, decouple_wd, **defaults)
+        super().__init__(params, steps, decouple_wd, **defaults)
         if opt: self.state,self.hypers,self.frozen_idx = opt.state,L({**h} for h in opt.hypers),opt.frozen_idx
 
     def _regrouped(self):

@@ -13,6 +13,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from functools import wraps
 from itertools import chain
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Callable
 
@@ -23,47 +24,59 @@ from fastcore.foundation import L
 
 from .calls import OneByOne
 from .memory import lasting,takes_lists
-from .plan import Inputs,Key,Roster
+from .plan import Inputs,Key,Roster,Takes,same
 from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
 from .trial import check_compiled,check_written
-from .validate import as_scalar,check_state_dict,refuse_arguments,refuse_hyper,warn_of_hypers
+from .validate import as_scalar,check_state_dict,param_names,refuse_arguments,refuse_hyper,warn_of_hypers
 
 with warnings.catch_warnings():  # fastai scripts a layer of its own while it is imported, for which PyTorch now warns
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
     from fastai.optimizer import Optimizer
 
 # %% ../nbs/07_optimizer.ipynb #2c77e3f6
-def _split_arguments(step, engine_args, arguments):
-    "Split constructor arguments into state names, constants and hypers; raise `TypeError` on an unknown one"
-    arguments = dict(arguments)
-    state = tuple(n for n in step.state if n not in step.optional or arguments.pop(n, True))
-    consts = {n:arguments.pop(n) for n in step.consts if n in arguments}
-    if unknown := {*arguments} - {*step.hypers, *FASTAI_HYPERS, 'train_bn'}:
-        takes = [n for n in step.args[2:] if n not in engine_args and (n not in step.state or n in step.optional)]
-        refuse_arguments(step.__name__, unknown, takes)
-    known = {**step.defaults, **arguments}
-    hypers = {n:known[n] for n in step.hypers if n in known and n not in engine_args}
-    return state,consts,{**hypers, **arguments}
+def _names(steps): return ', '.join(s.__name__ for s in steps)
+def _hypers(steps, engine_args): return [*dict.fromkeys(n for s in steps for n in s.hypers if n not in engine_args)]
+def _defaults(steps): return {n:v for s in steps[::-1] for n,v in s.defaults.items()}  # of the first that has one
+
+def _split_arguments(steps, engine_args, arguments):
+    "Split constructor arguments into states of each step, constants and hypers; raise `TypeError` on an unknown one"
+    arguments,every = dict(arguments),_hypers(steps, engine_args)
+    states = [tuple(n for n in s.state if n not in s.optional or arguments.get(n, True)) for s in steps]
+    for n in {n for s in steps for n in s.optional}: arguments.pop(n, None)
+    consts = {n:arguments.pop(n) for n in {n for s in steps for n in s.consts} if n in arguments}
+    if unknown := {*arguments} - {*every, *FASTAI_HYPERS, 'train_bn'}:
+        takes = dict.fromkeys(n for s in steps for n in s.args[2:]
+                              if n not in engine_args and (n not in s.state or n in s.optional))
+        refuse_arguments(_names(steps), unknown, [*takes])
+    known = {**_defaults(steps), **arguments}
+    return states,consts,{**{n:known[n] for n in every if n in known}, **arguments}
 
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _engine_args = ENGINE_ARGS  # step arguments that the engine supplies, with their types
-    _reserved = 'self','opt_step'  # constructor arguments, whose names a step cannot have for its own
+    _reserved = 'self','opt_step','choose'  # constructor arguments, whose names a step cannot have for its own
     _consts,_listed,_roster = (),(),None  # names of constants, and of state kept as one list; who is fit for a step
+    _more_steps,_taken = (),None  # steps after the first; what each parameter takes, with what that was made of
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
-        opt_step:Callable, # Step function, see `JitStep`; compiled if it is a plain function
+        opt_step:Callable|list, # Step function, see `JitStep`, or several; compiled if they are plain functions
         decouple_wd:bool|None=None, # True weight decay or L2 regularization; `None` for the step's own default, or L2
-        **defaults # Hypers and constants of `opt_step`; `False` for a state that this optimizer goes without
+        choose:Callable=None, # With several steps: takes a parameter and returns the position of its step
+        **defaults # Hypers and constants of all steps; `False` for a state that this optimizer goes without
     ):
-        params,step = L(params),jit_step(opt_step)
-        if not step.lazy: step.compiled  # now: a mistake in a step should show where the optimizer is made
+        params,steps = L(params),[*map(jit_step, opt_step if isinstance(opt_step, (list,tuple)) else [opt_step])]
+        if (choose is None) != (len(steps) == 1):
+            raise TypeError(f"An optimizer of {len(steps)} steps needs {'no' if choose else 'a function'} `choose`, "
+                            "which returns for a parameter the position of its step.")
+        for step in steps:
+            if not step.lazy: step.compiled  # now: a mistake in a step should show where the optimizer is made
         if not len(params): raise ValueError("The optimizer got no parameters: pass `model.parameters()`, "
                                              "or a list of lists of parameters.")
-        self.opt_step = step
+        (self.opt_step,*self._more_steps),self.choose = steps,choose
         self._check_names()
-        self.state_names,consts,hypers = _split_arguments(step, self._engine_args, defaults)
-        no_effect = {n:hypers.pop(n) for n in ['train_bn'] if n in hypers and n not in step.hypers}  # as fastai says
+        self._states,consts,hypers = _split_arguments(steps, self._engine_args, defaults)
+        known = _hypers(steps, self._engine_args)
+        no_effect = {n:hypers.pop(n) for n in ['train_bn'] if n in hypers and n not in known}  # as fastai says
         super().__init__(params, [], **no_effect)
         for i,pg in enumerate(self.param_lists):
             for p in pg:
@@ -71,12 +84,23 @@ class JitOptimizer(Optimizer):
                     raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: "
                                     "pass a list of parameters, or a list of lists of them.")
         self.set_hypers(**hypers)
-        warn_of_hypers(step.__name__, self.hypers)
-        self._set_consts({'decouple_wd':False, **step.defaults, **consts}, decouple_wd)
-        try: scalars = self._scalars(Key(), **{n: getattr(self, n, False) for n in {*self._engine_args}-{*ENGINE_ARGS}})
-        except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
+        warn_of_hypers(_names(steps), self.hypers)
+        self._set_consts({'decouple_wd':False, **_defaults(steps), **consts}, decouple_wd)
+        self._takes([*chain.from_iterable(self.param_lists)])
+        for step,states in zip(steps, self._states): self._try(step, states)
+
+    def _try(self, step, states):
+        "Raise if `step` does not compute what its source says"
         if step.lazy: return
-        for check in (check_compiled,check_written): check(step, self.state_names, scalars, self._flags)
+        engine_values = {n: getattr(self, n, False) for n in {*self._engine_args}-{*ENGINE_ARGS}}
+        try: scalars = self._scalars(Key(step=step), **engine_values)
+        except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
+        for check in (check_compiled,check_written): check(step, states, scalars, self._flags(step))
+
+    @property
+    def steps(self): "Step functions"; return self.opt_step,*self._more_steps
+    @property
+    def state_names(self): "Names of all state that it keeps"; return tuple(dict.fromkeys(chain(*self._states)))
 
     def set_hyper(self,
         k, # Hyperparameter key
@@ -87,12 +111,10 @@ class JitOptimizer(Optimizer):
         except (AssertionError,TypeError): refuse_hyper(k, v, len(self.param_lists))
 
     def _set_hyper(self, k, v):
-        step = self.opt_step
-        if k in step.hypers or k in FASTAI_HYPERS:
+        uses = _hypers(self.steps, self._engine_args)
+        if k in uses or k in FASTAI_HYPERS:
             for o in v: as_scalar(o, float, k)
-        else:
-            uses = ', '.join(n for n in step.hypers if n not in self._engine_args)
-            warnings.warn(f"`{step.__name__}` does not use the hyper `{k}`; it uses {uses}.")
+        else: warnings.warn(f"`{_names(self.steps)}` does not use the hyper `{k}`; it uses {', '.join(uses)}.")
         super()._set_hyper(k, v)
 
     def clear_state(self):
@@ -100,30 +122,32 @@ class JitOptimizer(Optimizer):
         super().clear_state()
         self._roster = None
 
-    def __getstate__(self): return {**self.__dict__, '_roster':None}
+    def __getstate__(self): return {**self.__dict__, '_roster':None, '_taken':None}
 
 # %% ../nbs/07_optimizer.ipynb #10ba299b
 @patch
 def _refuse_name(self:JitOptimizer, n, what):
-    raise TypeError(f"`{n}`, for `{self.opt_step.__name__}`, is also the name of {what} of `{type(self).__name__}`: "
+    raise TypeError(f"`{n}`, for `{_names(self.steps)}`, is also the name of {what} of `{type(self).__name__}`: "
                     "give it another name.")
 
 @patch
 def _check_names(self:JitOptimizer):
     "Raise `TypeError` if the step uses a name of the constructor's own, or another type for what the engine supplies"
-    for n in self.opt_step.args[2:]:
-        if n in self._reserved and n not in self._engine_args: self._refuse_name(n, 'an argument')
-    self.opt_step.check_types(self._engine_args)
+    for step in self.steps:
+        for n in step.args[2:]:
+            if n in self._reserved and n not in self._engine_args: self._refuse_name(n, 'an argument')
+        step.check_types(self._engine_args)
 
 @patch
 def _set_consts(self:JitOptimizer, values, decouple_wd):
     if decouple_wd is not None: values['decouple_wd'] = decouple_wd
-    step,res = self.opt_step,{}
-    for n in dict.fromkeys(['decouple_wd', *step.consts]):
-        if n in self._engine_args: continue
+    types,res = {'decouple_wd':bool},{}
+    for step in self.steps: types |= {n:step.scalars[n] for n in step.consts if n not in self._engine_args}
+    for n,to in types.items():
         if hasattr(self, n): self._refuse_name(n, 'an attribute')
-        if n not in values: raise TypeError(f"`{step.__name__}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
-        res[n] = as_scalar(values[n], step.scalars.get(n, bool), f"`{n}`")
+        if n not in values:
+            raise TypeError(f"`{_names(self.steps)}` needs `{n}`: pass it to the optimizer, as `{n}=…`.")
+        res[n] = as_scalar(values[n], to, f"`{n}`")
     vars(self).update(res)
     self._consts = tuple(res)
 
@@ -136,10 +160,10 @@ def consts(self:JitOptimizer):
 # PyTorch before 2.11 has no fast route on CUDA for lists of single numbers (ATen/native/cuda/ForeachPointwiseOp.cu)
 SPREAD_SCALARS = tuple(map(int, torch.__version__.split('.')[:2])) < (2,11)
 
-@patch(as_prop=True)
-def _flags(self:JitOptimizer):
-    "Names of arguments that are true or false from step to step"
-    return tuple(n for n,to in self._engine_args.items() if to is bool and n in self.opt_step.args)
+@patch
+def _flags(self:JitOptimizer, step):
+    "Names of arguments of `step` that are true or false from step to step"
+    return tuple([n for n,to in self._engine_args.items() if to is bool and n in step.scalars])
 
 @patch
 def _scalars(self:JitOptimizer, key, steps_taken=0, **engine_values):
@@ -147,7 +171,7 @@ def _scalars(self:JitOptimizer, key, steps_taken=0, **engine_values):
     engine_values |= dict(do_wd=as_scalar(key.do_wd, bool, '`do_wd`'), step=steps_taken+1, fused=False,
                           dense_cpu=key.cuttable,
                           spread_scalars=SPREAD_SCALARS and not key.why_not_fusable and key.device.type == 'cuda')
-    step,hypers,res = self.opt_step,self.hypers[key.group],{}
+    step,hypers,res = key.step or self.opt_step,self.hypers[key.group],{}
     for n,to in step.scalars.items():
         if n in engine_values: res[n] = engine_values[n]
         elif to is not float: res[n] = as_scalar(getattr(self, n), to, f"`{n}`")
@@ -164,29 +188,44 @@ def _inputs(self:JitOptimizer, **lists):
         raise ValueError(f"There are {len(self.param_lists)} parameter groups, but hypers for {len(self.hypers)}: "
                          "make a new optimizer to add a group.")
     params = [*chain.from_iterable(self.param_lists)]
-    return Inputs(self.param_lists, params, [p.grad for p in params], self.state, lists)
+    return Inputs(self.param_lists, params, [p.grad for p in params], self.state, self._takes(params), lists)
+
+@patch
+def _takes(self:JitOptimizer, params):
+    "What each parameter takes: the same list while steps and parameters are the same"
+    made_of = self.steps,self.choose
+    if self._taken and self._taken[0] == made_of and same(self._taken[1], params): return self._taken[2]
+    kinds,at = [*map(Takes, self.steps, self._states)],[self.choose(p) if self.choose else 0 for p in params]
+    if wrong := [(n,i) for n,i in zip(param_names(self.param_lists), at) if i not in range(len(kinds))]:
+        raise ValueError(f"`choose` returned {wrong[0][1]!r} for {wrong[0][0]}, which is not the position of a step, "
+                         f"from 0 to {len(kinds)-1}.")
+    self._taken = made_of,params,[kinds[i] for i in at]
+    return self._taken[2]
 
 @patch
 def _alike(self:JitOptimizer):
     "For each parameter group, the first group with equal hypers"
-    names,first = [n for n in self.opt_step.hypers if n not in self._engine_args],{}
-    try: return [first.setdefault(tuple([h[n] for n in names]), i) for i,h in enumerate(self.hypers)]
-    except (KeyError,TypeError): return [*range(len(self.hypers))]  # lost or no numbers: each for itself
+    every,names = range(len(self.hypers)),_hypers(self.steps, self._engine_args)
+    try:
+        values = [*map(itemgetter(*names), self.hypers)] if names else [()]*len(every)
+        first = dict(zip(reversed(values), reversed(every)))
+        return [*map(first.__getitem__, values)]
+    except (KeyError,TypeError): return [*every]  # lost or no numbers: each for itself
 
 @patch
 def _prepare(self:JitOptimizer):
     "Inputs, plan, form and scalars of each bucket, and roster; raises if the step cannot be taken"
-    x,step = self._inputs(),self.opt_step
-    roster = self._roster and self._roster.after(x) or Roster(step, self.state_names, x)
+    x = self._inputs()
+    roster = self._roster and self._roster.after(x) or Roster(x)
     plan = roster.plan(x, self._alike())
-    engine_values,flags,calls = self._engine_values(plan, x),self._flags,[]
+    engine_values,calls = self._engine_values(plan, x),[]
     for b in plan.buckets:
         scalars = self._scalars(b.key, b.steps_taken, **engine_values)
-        form = b.form(scalars, flags, x.grads)
+        form = b.form(scalars, self._flags(b.step), x.grads)
         if 'fused' in scalars: scalars['fused'] = not form.why
         calls.append((b,form,scalars))
-    if step.check:
-        for *_,scalars in calls: step.check(**scalars)
+    for b,_,scalars in calls:
+        if b.step.check: b.step.check(**scalars)
     return x,plan,calls,roster
 
 # Without this layer of PyTorch's dispatcher autograd does not learn that parameters are written to, as with `p.data`
@@ -223,7 +262,7 @@ def step(self:JitOptimizer,
             bucket.count_step()
         self._finish(x)
     self._roster = roster
-    self.opt_step.uses += 1
+    for s in self.steps: s.uses += 1
 
 # What a lookahead adds: values that the engine supplies, state of a new roster, and what comes after all buckets
 @patch
@@ -274,10 +313,11 @@ def load_state_dict(self:JitOptimizer,
 
 @patch
 def _check_state_dict(self:JitOptimizer, sd):
-    step,stored = self.opt_step,[n for n in self.state_names if n not in self._listed]
-    check_state_dict(sd, self.param_lists, hypers=[n for n in step.hypers if n not in self._engine_args],
-                     states=self.state_names, needed=[n for n in (*stored,'step') if n in step.args],
-                     numbers=step.scalar_state)
+    takes,hypers = self._takes([*chain.from_iterable(self.param_lists)]),_hypers(self.steps, self._engine_args)
+    for step,states in zip(self.steps, self._states):
+        stored = [n for n in states if n not in self._listed]
+        check_state_dict(sd, self.param_lists, hypers, states, needed=[n for n in (*stored,'step') if n in step.args],
+                         numbers=step.scalar_state, of=[i for i,t in enumerate(takes) if t.step is step])
 
 # %% ../nbs/07_optimizer.ipynb #b22cc3da
 def __getattr__(name):

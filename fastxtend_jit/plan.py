@@ -1,4 +1,4 @@
-"""Which parameters step together, in which batches, and whether that still holds
+"""Which parameters are fit for a step, which step together, in which batches, and whether that still holds
 
 Docs: https://fastxtend.github.io/fastxtend_jit/plan.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://fastxtend.github.io/fastxtend_jit/plan.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'cache_size', 'small_size', 'unlimited', 'plans_kept', 'max_elements', 'openmp', 'Batch', 'cut', 'split',
-           'Inputs', 'Key', 'Fit', 'Slot', 'rehearse', 'Form', 'Bucket', 'same', 'Fingerprint', 'Grads', 'Roster',
-           'Plan']
+           'Takes', 'Inputs', 'Key', 'Fit', 'Slot', 'rehearse', 'Form', 'Bucket', 'same', 'Fingerprint', 'Grads',
+           'Roster', 'Plan']
 
 # %% ../nbs/06_plan.ipynb #5a2ab0f0
 from collections import OrderedDict
@@ -88,12 +88,18 @@ def split(
     return res
 
 # %% ../nbs/06_plan.ipynb #29d7bed2
+class Takes(NamedTuple):
+    "What a parameter takes"
+    step:JitStep # Its step
+    states:tuple # Names of the state that is used of it
+
 class Inputs(NamedTuple):
     "What a step finds: parameters, their gradients and their state"
     groups:list # Parameters, as a list of lists
     params:list # The same as one list
     grads:list # Their gradients, `None` where there is none
     state:dict # State of each parameter, as a dict by name
+    takes:list # What each parameter takes; another list if that changes
     lists:dict={} # State kept as one list instead, by name
 
 # %% ../nbs/06_plan.ipynb #2a0965ed
@@ -111,6 +117,8 @@ class Key(NamedTuple):
     grad_dtype:torch.dtype=torch.float32 # Of gradients and state
     device:torch.device=torch.device('cpu') # Where they are
     mesh:object=None # Device mesh of `DTensor`s
+    step:JitStep=None # Their step
+    shape:tuple=None # Of each, if their step takes tensors of one shape only
     grad_copy_group:int=0 # Number of those whose gradients are copied together, 0 for no copy
 
 class Fit(NamedTuple):
@@ -128,6 +136,8 @@ class Slot:
     param:Tensor # Parameter
     size:int # Its elements, or those of this process's shard
     stored:dict # What the optimizer keeps for it as state, or will keep
+    step:JitStep # The step that it takes
+    counts:bool # Does that count steps?
     state:dict=field(default_factory=dict) # State by name, as the step uses it
     new:dict=field(default_factory=dict) # State that is not stored yet
     fits:dict=field(default_factory=dict) # A `Fit` for each kind of gradient so far
@@ -195,10 +205,10 @@ def _pack(slots, name):
 
 def _vector(ts):
     "The numbers `ts` as a vector, and whether it is a copy, since they do not follow one another in memory"
-    t,n = ts[0],len(ts)
-    size,at = t.element_size(),t.data_ptr()
-    ends = (t.storage_offset()+n)*size <= t.untyped_storage().nbytes()
-    if ends and [*map(Tensor.data_ptr, ts)] == [*range(at, at+n*size, size)]: return t.as_strided((n,), (1,)),False
+    base,at = ts[0]._base,ts[0].storage_offset()
+    in_a_row = base is not None and all(t._base is base for t in ts)
+    if in_a_row and [t.storage_offset() for t in ts] == [*range(at, at+len(ts))]:
+        return base.as_strided((len(ts),), (1,), at),False
     return torch.stack(ts),True
 
 @dataclass(slots=True)
@@ -214,13 +224,12 @@ class Form:
 class Bucket:
     "Parameters that take a step together"
     def __init__(self,
-        step:JitStep, # Their step
         key:Key, # What they have in common
         slots:list, # Pairs of a parameter with its state, and how its gradient fits
         tried:dict # What is known of how such buckets run, for all that have the same in common
     ):
-        self.step,self.key,self._forms,self._tried = step,key,{},tried
-        self.steps_taken,self.counts_steps = key.steps_taken,'step' in step.args
+        step,self.key,self._forms,self._tried = key.step,key,{},tried
+        self.step,self.steps_taken,self.counts_steps = step,key.steps_taken,'step' in step.args
         sizes = [(s.size if key.mesh is None or key.sharded else s.param.numel(),s,fit) for s,fit in slots]
         # by size, so that small tensors share batches; empty shards are in none, but count steps, as in other processes
         sizes.sort(key=lambda o: (not o[0], o[0] if key.cuttable else 0))
@@ -349,12 +358,14 @@ class Fingerprint:
     "What parameters and their state were when they were looked at"
     def __init__(self,
         slots:list, # Parameters with their state, which is stored
-        x:Inputs, # What they were made from
-        counts_steps:bool # Does their step count steps?
+        x:Inputs # What they were made from
     ):
-        self.stored,self.params,self.counts_steps = [s.stored for s in slots],x.params,counts_steps
+        self.params,self.takes,self.stored = x.params,x.takes,{}  # for each name of state, where it is stored
+        for s in slots:
+            for n in s.state:
+                if n not in x.lists: self.stored.setdefault(n, []).append(s.stored)
+        self.counting,self.counts = [s.stored for s in slots if s.counts],[s.counts for s in slots]
         self.steps_taken = [0]*len(slots)  # by each, as found by `matches`
-        self.names = [n for n in (slots[0].state if slots else ()) if n not in x.lists]
         params,state = [s.param for s in slots],[t for s in slots for t in s.state.values()]
         self.without_storage = [t for t in params+state if not has_storage(t)]
         self.with_storage,self.state = ([t for t in ts if has_storage(t)] for ts in (params,state))
@@ -364,7 +375,7 @@ class Fingerprint:
 
     def _identities(self, x):
         "Columns that have to hold the same objects"
-        state = {f'state `{n}`': _each(itemgetter(n), self.stored) for n in self.names}
+        state = {f'state `{n}`': _each(itemgetter(n), stored) for n,stored in self.stored.items()}
         return dict(all_state=[x.state], owners=[*x.state], stored=[*x.state.values()], **state,
                     **{n: [*ts] for n,ts in x.lists.items()})
 
@@ -385,12 +396,14 @@ class Fingerprint:
         x:Inputs # What the next step finds
     ) -> bool:
         "Is everything as it was?"
-        if not same(x.params, self.params): return False
+        if x.takes is not self.takes or not same(x.params, self.params): return False
         try:
             found = self._identities(x)
             if not all(same(found[k], v) for k,v in self.identities.items()): return False
-            if self.counts_steps: self.steps_taken = _each(itemgetter('step'), self.stored)
-            return {*map(type, self.steps_taken)} <= {int} and self._values(x) == self.values
+            taken = _each(itemgetter('step'), self.counting)
+            if len(taken) == len(self.counts): self.steps_taken = taken
+            elif taken: self.steps_taken = [next(found) if c else 0 for found in [iter(taken)] for c in self.counts]
+            return {*map(type, taken)} <= {int} and self._values(x) == self.values
         except KeyError: return False  # state was deleted
 
 # %% ../nbs/06_plan.ipynb #5432e989
@@ -436,13 +449,10 @@ def _sharing_first(params, names):
 class Roster:
     "All parameters that have had a gradient, fit for a step; raises if one of them cannot take it"
     def __init__(self,
-        step:JitStep, # Their step
-        states:tuple, # Names of the state that it uses
-        x:Inputs, # What it finds, which stays as it is
+        x:Inputs, # What a step finds, which stays as it is
         known:list=() # Slots that are known to be right
     ):
-        self.step,self.states,self.fingerprint,self.written = step,states,None,None
-        self.counts_steps,self.names = 'step' in step.args,param_names(x.groups)
+        self.fingerprint,self.written,self.names = None,None,param_names(x.groups)
         known,group_of = {s.index:s for s in known},[i for i,pg in enumerate(x.groups) for _ in pg]
         fit = {i for i,(p,g) in enumerate(zip(x.params, x.grads)) if g is not None and p.numel() > 0}
         for i in {*fit,*known}: self.names[i] += f' (shape {tuple(x.params[i].shape)})'
@@ -457,13 +467,13 @@ class Roster:
         self._grads,self._safe = Grads(),set()
 
     def _new_slot(self, i, group, x):
-        p,g,stored = x.params[i],x.grads[i],x.state.get(x.params[i], {})
-        if self.counts_steps: check_step_count(stored.get('step', 0), self.names[i])
-        slot = Slot(i, self.names[i], group, p, to_local(p).numel(), stored)
+        p,g,stored,(step,states) = x.params[i],x.grads[i],x.state.get(x.params[i], {}),x.takes[i]
+        slot = Slot(i, self.names[i], group, p, to_local(p).numel(), stored, step, 'step' in step.args)
+        if slot.counts: check_step_count(stored.get('step', 0), self.names[i])
         with lasting():
-            for n in self.states:
+            for n in states:
                 t,like = (x.lists[n][i],p) if n in x.lists else (stored.get(n),g)
-                slot.add_state(n, t, like, n in self.step.scalar_state)
+                slot.add_state(n, t, like, n in step.scalar_state)
         return slot
 
     def _check_apart(self, x):
@@ -484,13 +494,12 @@ class Roster:
         if not self.fingerprint.matches(x): return None
         if not any(x.grads[i] is not None and x.params[i].numel() for i in self.without): return self
         # a number for each parameter is packed anew
-        slots = [replace(s, state={**s.state}) for s in self.slots] if self.step.scalar_state else self.slots
-        return Roster(self.step, self.states, x, slots)
+        return Roster(x, [replace(s, state={**s.state}) if s.step.scalar_state else s for s in self.slots])
 
     def steps_taken(self):
         "How many steps each of its parameters has taken"
         if self.fingerprint: return self.fingerprint.steps_taken
-        return [s.stored.get('step', 0) if self.counts_steps else 0 for s in self.slots]
+        return [s.stored.get('step', 0) if s.counts else 0 for s in self.slots]
 
     def commit(self,
         x:Inputs # What it was made from, which gets its state
@@ -499,12 +508,12 @@ class Roster:
         for s in self.slots:
             for n,ts in x.lists.items():
                 if n in s.new: ts[s.index] = s.new.pop(n)
-            if self.counts_steps: s.new['step'] = s.stored.get('step', 0)
+            if s.counts: s.new['step'] = s.stored.get('step', 0)
             if s.new:
                 s.stored.update(s.new)
                 x.state.setdefault(s.param, s.stored)
                 s.new = {}
-        self.fingerprint = Fingerprint(self.slots, x, self.counts_steps)
+        self.fingerprint = Fingerprint(self.slots, x)
 
 # %% ../nbs/06_plan.ipynb #138920e7
 @patch
@@ -554,24 +563,24 @@ def _check_grads_apart(self:Roster, x, plan):
 @patch
 def _fit(self:Roster, slot, g, x):
     "How gradient `g` goes with a parameter; raises if it does not"
-    p,state = slot.param,{n:t for n,t in slot.state.items() if n not in self.step.scalar_state}
+    p,step,state = slot.param,slot.step,{n:t for n,t in slot.state.items() if n not in slot.step.scalar_state}
     if slot.fits:  # for the first kind, all was checked when the slot was made
         check_grad(p, g, slot.name)
         for n,t in state.items():
             if n not in x.lists: check_state(p, t, n, slot.name, dtypes=state_dtypes(p, g, t))
     lists = all(map(takes_lists, (p, g, *state.values())))
     mesh,dense = getattr(p, 'device_mesh', None),lists and is_dense(to_local(p))
-    sharded,copies = mesh is not None and self.step.elementwise,_needs_copy(p, g, dense)
+    sharded,copies = mesh is not None and step.elementwise,_needs_copy(p, g, dense)
     dtypes = {p.dtype, g.dtype, *(t.dtype for t in state.values())}
     common = (_why_not_fusable(p, dtypes, lists, dense, sharded), lists and is_dense_cpu(to_local(p) if sharded else p), sharded,
-              not lists, p.dtype, g.dtype, p.device, mesh)
+              not lists, p.dtype, g.dtype, p.device, mesh, step, tuple(p.shape) if step.one_shape else None)
     # PyTorch 2.4 compares strides on CUDA also in dimensions of size 1: a view has the parameter's
     alike = copies or not dense or to_local(g) is not g or g.stride() == p.stride()
     return Fit(self._commons.setdefault(common, len(self._commons)), copies, None if alike else p.stride())
 
 # %% ../nbs/06_plan.ipynb #aa987994
 plans_kept = 16  # patterns that are remembered
-_common = 'why_not_fusable','cuttable','sharded','one_by_one','dtype','grad_dtype','device','mesh'
+_common = 'why_not_fusable','cuttable','sharded','one_by_one','dtype','grad_dtype','device','mesh','step','shape'
 
 class Plan:
     "Buckets of the parameters of a roster that have a gradient"
@@ -614,9 +623,9 @@ class Plan:
             res.setdefault(key, []).extend(slots)
             tried[key] = roster._tried.setdefault(common, {})
         if roster.fingerprint is None:  # state is not stored yet, so that it may still be laid out anew
-            for slots in res.values():
-                for n in roster.step.scalar_state: _pack([s for s,_ in slots], n)
-        return [Bucket(roster.step, key, slots, tried[key]) for key,slots in res.items()]
+            for key,slots in res.items():
+                for n in key.step.scalar_state: _pack([s for s,_ in slots], n)
+        return [Bucket(key, slots, tried[key]) for key,slots in res.items()]
 
     def set_steps_taken(self,
         taken:list # How many steps each parameter of the roster has taken

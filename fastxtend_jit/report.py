@@ -25,7 +25,7 @@ from .parity import WholeTable
 # %% ../nbs/30_report.ipynb #8d5f8b2e
 PLAIN    = 'ours, plain Python'  # the contestant that is our step uncompiled, and nobody's peer
 variants = ('sgd_l2',)           # of an optimizer that is measured by itself: means leave them out
-_parts   = 'cells','training','engine','cold'
+_parts   = 'cells','training','patterns','engine','cold'
 
 @dataclass(repr=False)
 class Report:
@@ -35,9 +35,10 @@ class Report:
     engine:pd.DataFrame=field(default_factory=pd.DataFrame) # A line for each run and check
     machine:dict=field(default_factory=dict) # Hardware, versions and options of the run
     cold:pd.DataFrame=field(default_factory=pd.DataFrame) # A line for each run, optimizer, contestant and round
+    patterns:pd.DataFrame=field(default_factory=pd.DataFrame) # A line for each run, optimizer and pattern of gradients
 
     def add(self,
-        part:str, # Name of a table: cells, training, engine or cold
+        part:str, # Name of a table: cells, training, patterns, engine or cold
         lines:pd.DataFrame # More lines of it
     ):
         "Append what was measured since"

@@ -96,10 +96,11 @@ class JitStep:
         fn:Callable, # Step function over lists of tensors, annotated as in the table above, or a `ScriptFunction`
         elementwise:bool=False, # Does no element's result depend on another, so that tensors may come in pieces?
         check:Callable=None, # Called with the scalars by name before a step, to raise where it could not be taken
-        lazy:bool=False # Compile it only after many uses? A mistake in it then shows late
+        lazy:bool=False, # Compile it only after many uses? A mistake in it then shows late
+        one_shape:bool=False # Do all tensors of a call have to be of one shape?
     ):
         update_wrapper(self, fn, updated=())  # a function that wraps a step has all attributes of that step
-        self.fn,self.elementwise,self.check,self.lazy,self._loops = fn,elementwise,check,lazy,{}
+        self.fn,self.elementwise,self.check,self.lazy,self.one_shape,self._loops = fn,elementwise,check,lazy,one_shape,{}
         self.__name__ = self.__qualname__ = fn.name if isinstance(fn, ScriptFunction) else fn.__qualname__
         self._read_signature()
 
@@ -133,25 +134,29 @@ class JitStep:
     # By name, as functions are pickled, unless the name stands for the function that this step compiles
     def __reduce__(self):
         named = getattr(sys.modules.get(self.__module__), self.__qualname__, None)
-        return (jit_step, (self.fn,self.elementwise,self.check,self.lazy)) if named is self.fn else self.__qualname__
+        return (jit_step, (self.fn,*self._options)) if named is self.fn else self.__qualname__
+    @property
+    def _options(self): return self.elementwise,self.check,self.lazy,self.one_shape
     def __repr__(self): return f'<step {self.__module__}.{self.__qualname__}{self.__signature__}>'
 
 def jit_step(
     fn:Callable=None, # Step function to compile; `None` if used as a decorator with arguments
     elementwise:bool=False, # Does no element's result depend on another, so that tensors may come in pieces?
     check:Callable=None, # Called with the scalars by name before a step, to raise where it could not be taken
-    lazy:bool=False # Compile it only after many uses? A mistake in it then shows late
+    lazy:bool=False, # Compile it only after many uses? A mistake in it then shows late
+    one_shape:bool=False # Do all tensors of a call have to be of one shape?
 ) -> JitStep:
     "Compile a step function, as a decorator with or without arguments; `TypeError` if its signature is no step's"
-    if fn is None: return lambda f: jit_step(f, elementwise, check, lazy)
+    options = elementwise,check,lazy,one_shape
+    if fn is None: return lambda f: jit_step(f, *options)
     if isinstance(fn, JitStep): return fn
-    if not isinstance(fn, (FunctionType,ScriptFunction)): return JitStep(fn, elementwise, check, lazy)
+    if not isinstance(fn, (FunctionType,ScriptFunction)): return JitStep(fn, *options)
     # One step for a function, which keeps it: each optimizer that is made of it would compile it anew.
     # With `functools.wraps`, a function also has what another one keeps
     kept = [s for s in vars(fn).get('_jit_steps', ()) if s.fn is fn]
     for s in kept:
-        if (s.elementwise,s.check,s.lazy) == (elementwise,check,lazy): return s
-    fn._jit_steps = *kept,JitStep(fn, elementwise, check, lazy)
+        if s._options == options: return s
+    fn._jit_steps = *kept,JitStep(fn, *options)
     return fn._jit_steps[-1]
 
 # %% ../nbs/00_step.ipynb #22375253

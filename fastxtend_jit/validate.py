@@ -262,7 +262,8 @@ def check_state_dict(
     hypers:list, # Names of hypers that a step needs
     states:list, # Names of state that a step takes
     needed:list=(), # State that a parameter has together or not at all, with `step` if it counts
-    numbers:list=() # State that is one number for each parameter
+    numbers:list=(), # State that is one number for each parameter
+    of:list=None # Positions of the parameters that have such state, `None` for all
 ):
     "Raise `ValueError` if `sd` does not fit an optimizer of these groups, `TypeError` if it is no dict"
     if not isinstance(sd, dict):
@@ -280,7 +281,8 @@ def check_state_dict(
         for n in hypers:
             try: as_scalar(h[n], float, f"hyper `{n}` of group {i}")
             except TypeError as e: refuse_state_dict(e)
-    for p,st,name in zip(chain.from_iterable(groups), sd['state'], names):
+    for i,(p,st,name) in enumerate(zip(chain.from_iterable(groups), sd['state'], names)):
+        if of is not None and i not in of: continue
         if not isinstance(st, dict): refuse_state_dict(f"state of {name} is {st!r}, not a dict.")
         try: check_step_count(st.get('step', 0), name)
         except TypeError as e: refuse_state_dict(e)

@@ -21,15 +21,23 @@ def plan_of(opt):
     "What the last step went by; `None` if all has to be looked at anew"
     return opt._roster and opt._roster._last
 
+def roster_of(opt):
+    "What is known of all parameters that have had a gradient"
+    return opt._roster
+
+def number_of_plans(opt):
+    "How many choices of who steps together are kept"
+    return len(opt._roster._plans)
+
 def drop_plan(opt):
     "The next step looks at everything anew"
     opt._roster = None
 
 def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"
-    x = opt._inputs()._replace(params=params, grads=grads)
-    res = plan.Roster(opt.opt_step, opt.state_names, x).plan(x, opt._alike())
-    for b in res.buckets: b.form(opt._scalars(b.key), opt._flags)
+    x = opt._inputs()._replace(params=params, grads=grads, takes=opt._takes(params))
+    res = plan.Roster(x).plan(x, opt._alike())
+    for b in res.buckets: b.form(opt._scalars(b.key), opt._flags(b.step))
     return res
 
 def prove(opt):

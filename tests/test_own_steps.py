@@ -388,7 +388,8 @@ def moved_by(f, **kw):
 def plain_sgd(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-lr)
 
 @pytest.mark.parametrize('lazy', [False,True])
-@pytest.mark.parametrize('stepped', [plain_sgd,jit_step(plain_sgd),jit_step(plain_sgd, lazy=True)], ids=['plain','step','lazy step'])
+@pytest.mark.parametrize('stepped', [plain_sgd,jit_step(plain_sgd),jit_step(plain_sgd, lazy=True)],
+                         ids=['plain','step','lazy step'])
 def test_function_that_wraps_a_step(stepped, lazy):
     "It runs, and not what it wraps, which has a step already and keeps it"
     of,used = jit_step(stepped, lazy=lazy),moved_by(stepped, lazy=lazy)

@@ -305,7 +305,8 @@ def test_export_needs_no_fastxtend_jit(tmp_path):
     assert without_us(*want) == [says for _,says in want.values()]
     for d,(pred,_) in want.items(): assert torch.equal(torch.load(d/'pred.pth'), pred)
 
-@pytest.mark.parametrize('opt_func', [lion_jit, partial(lion_jit, wd=.1), Adam, partial(SGD, mom=.9)], ids=['lion','partial','native','native partial'])
+@pytest.mark.parametrize('opt_func', [lion_jit, partial(lion_jit, wd=.1), Adam, partial(SGD, mom=.9)],
+                         ids=['lion','partial','native','native partial'])
 def test_export_of_others(opt_func, tmp_path):
     "What has no counterpart is written as it is, and fastai's own too"
     from fastai.basics import load_learner

@@ -1,0 +1,202 @@
+"Sets of gradients that change, and groups that share a call while their hypers are equal: numbers, and what is kept"
+import gc
+import random
+from weakref import ref
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastxtend_jit.bench import patterns
+from fastxtend_jit.calls import aten_calls
+from fastxtend_jit.launches import Launches
+from tests import engine
+from tests.cases import *
+from tests.support import every,new_grads,parameters,params_of,python_calls,slow_but,split
+from tests.tools.launches import with_grads
+
+SHAPES = [(3,4),(5,),(),(7,2),(64,),(2,3,3,3)]*4
+
+def _pair(case, n_groups=4, dtype=torch.float64):
+    "fastai's optimizer and ours, over equal parameters in groups"
+    opts = []
+    for jit in (False,True):
+        ps = parameters(*SHAPES, dtype=dtype)
+        opts.append(case.make([ps[i::n_groups] for i in range(n_groups)], jit))
+        opts[-1].ps = ps
+    return opts
+
+def _train(opts, steps, before, seed=0):
+    "Steps of all optimizers; `before(opt, i, rng)` sets what each finds, whose parameters have new gradients"
+    for i in range(steps):
+        for o in opts:
+            new_grads(o.ps, seed+i)
+            before(o, i, random.Random(seed+i))
+            o.step()
+
+def _same(opts, tol=TOL[torch.float64]):
+    for p,q in zip(*(o.ps for o in opts)): close(q, p, tol)
+    same_state(opts[1], opts[0], tol)
+
+def _keep(have):
+    "Parameters `k` for which `have(k, i, rng)` is false have no gradient at step `i`"
+    def before(opt, i, rng):
+        for k,p in enumerate(opt.ps):
+            if not have(k, i, rng): p.grad = None
+    return before
+
+def _rates(opt, i, rng):
+    "Groups' learning rates part, and come together in other ways"
+    opt.set_hyper('lr', [0.01*(1 + k*i%3) for k in range(len(opt.hypers))])
+
+def _random(opt, i, rng):
+    "All at once"
+    _keep(lambda k,i,rng: rng.random() < 0.6)(opt, i, rng)
+    for n,values in dict(lr=(0.01,0.02), wd=(0.,0.1), mom=(0.85,0.9)).items():
+        if n in opt.hypers[0]: opt.set_hyper(n, [rng.choice(values) for _ in opt.hypers])
+    for p in opt.ps:
+        if rng.random() < 0.1: opt.state[p]['do_wd'] = rng.random() < 0.5
+    if i%5 == 2: opt.ps[5].grad = torch.ones_like(opt.ps[5]).contiguous(memory_format=torch.channels_last)
+
+SETS = dict(halves=_keep(lambda k,i,rng: k%2 == i%2), thirds=_keep(lambda k,i,rng: rng.random() < 2/3),
+            thawed=_keep(lambda k,i,rng: k >= 24 - 2*i), none=_keep(lambda k,i,rng: i%3 > 0), rates=_rates,
+            random=_random)
+
+@pytest.mark.parametrize('what', SETS)
+@pytest.mark.parametrize('case', slow_but(ALL+TWO_AHEAD, ALL+TWO_AHEAD+CASES), ids=str)
+def test_numbers(case, what):
+    opts = _pair(case)
+    _train(opts, 25, SETS[what])
+    _same(opts)
+
+@pytest.mark.parametrize('what', SETS)
+def test_own_number_for_each_parameter(what):
+    "State that is one number for each parameter, read and written, under sets that change"
+    def step(params:list[torch.Tensor], grads:list[torch.Tensor], taken:torch.Tensor, lr:float):
+        taken += 1.
+        torch._foreach_sub_(params, torch._foreach_mul(grads, taken.mul(lr).unbind()))
+    ps = parameters(*SHAPES, dtype=torch.float64)
+    qs,taken = [p.detach().clone() for p in ps],[0]*len(ps)
+    opt = JitOptimizer(split(ps, (10,14)), step, lr=0.1)
+    opt.ps = ps
+    for i in range(20):
+        new_grads(ps, i)
+        if what != 'rates': SETS[what](opt, i, random.Random(i))
+        opt.set_hyper('lr', 0.1)
+        opt.step()
+        for k,(p,q) in enumerate(zip(ps, qs)):
+            if p.grad is None: continue
+            taken[k] += 1
+            q -= 0.1*taken[k]*p.grad
+    for p,q,n in zip(ps, qs, taken):
+        close(p, q, TOL[torch.float64])
+        assert n == 0 or opt.state[p]['taken'].item() == n
+
+def _plans_made(monkeypatch):
+    "A list that gets an item for each choice of who steps together"
+    made,plan = [],engine.plan.Plan
+    monkeypatch.setattr(engine.plan, 'Plan', lambda *args: made.append(1) or plan(*args))
+    return made
+
+@every
+def test_sets_that_come_back(case, monkeypatch):
+    "They are chosen once, when all have had a gradient, and looked at no more"
+    made,opt = _plans_made(monkeypatch),_pair(case)[1]
+    _train([opt], 3, SETS['halves'])
+    roster,n = engine.roster_of(opt),len(made)
+    _train([opt], 8, SETS['halves'], seed=3)
+    assert len(made) == n and engine.roster_of(opt) is roster
+
+@every
+def test_sets_that_do_not_come_back(case, monkeypatch):
+    "All parameters are looked at once, and no more than some choices are kept"
+    opt = _pair(case)[1]
+    _train([opt], 1, lambda *_: None)
+    roster = engine.roster_of(opt)
+    _train([opt], 60, SETS['thirds'])
+    assert engine.roster_of(opt) is roster and engine.number_of_plans(opt) <= 16
+
+@every
+def test_cost_of_a_new_set(case):
+    "Python's work for a parameter of a set that was not there before, next to making a new optimizer's first step"
+    opt = _pair(case)[1]
+    _train([opt], 2, lambda *_: None)
+    for o in opt.ps[::3]: o.grad = None
+    some = python_calls(opt.step)
+    opt.clear_state()
+    assert some < python_calls(opt.step)/3
+
+@every
+def test_dies_at_once(case):
+    "No cycle of references keeps an optimizer's memory until Python looks for garbage"
+    opt = _pair(case)[1]
+    _train([opt], 3, SETS['halves'])
+    gone,params = [ref(t) for st in opt.state.values() for t in st.values() if isinstance(t, torch.Tensor)],opt.ps
+    gc.disable()
+    try:
+        del opt
+        assert not any(o() is not None for o in gone)
+    finally: gc.enable()
+    assert len(params) == len(SHAPES)
+
+# --- Many groups
+
+def _grouped(case, n_groups, n=60, distinct=1, **kw):
+    "An optimizer over `n` parameters in groups, with so many different learning rates"
+    ps = parameters(*[(4,)]*n)
+    lrs = [0.01*(1 + i%distinct) for i in range(n_groups)]
+    return case.make([ps[i::n_groups] for i in range(n_groups)], True, lr=lrs if n_groups > 1 else lrs[0], **kw)
+
+@every
+def test_equal_groups_are_one(case):
+    one,many = _grouped(case, 1),_grouped(case, 20)
+    for o in (one,many): o.step()
+    assert aten_calls(one.step) == aten_calls(many.step) and len(engine.buckets_of(many)) == 1
+    assert many.explain()['group'].tolist()[:1] == ['0-19']
+
+@every
+def test_groups_that_differ(case):
+    "As many calls as there are different hypers, however many groups"
+    few,many = _grouped(case, 3, distinct=3),_grouped(case, 20, distinct=3)
+    for o in (few,many): o.step()
+    assert len(engine.buckets_of(many)) == 3 and aten_calls(few.step) == aten_calls(many.step)
+
+@pytest.mark.parametrize('gen', ['old','new'])
+@every
+def test_equal_groups_on_cuda(case, gen):
+    "By ATen's rules, 100 groups launch what one does"
+    with engine.pytorch(gen),FakeTensorMode(),Launches(gen) as l:
+        launches = []
+        for n in (1,100):
+            ps = with_grads([(4,3)]*200)
+            opt = case.make([ps[i::n] for i in range(n)] if n > 1 else ps, True)
+            opt.step()
+            before = l.total
+            opt.step()
+            launches.append(l.total-before)
+    assert launches[0] == launches[1] and launches[0]
+
+def test_hypers_that_are_equal_in_value():
+    "Numbers of any kind, NaN and lost ones"
+    ps = parameters(*[(3,)]*5)
+    opt = adam_jit([[p] for p in ps], lr=0.1)
+    for h,lr in zip(opt.hypers, (1,1.,np.float64(1),torch.tensor(1.),True)): h['lr'] = lr
+    opt.step()
+    assert [b.groups for b in engine.buckets_of(opt)] == [[0,1,2,4],[3]]
+    for h in opt.hypers[:2]: h['lr'] = float('nan')
+    opt.step()
+    assert sorted(b.groups for b in engine.buckets_of(opt)) == [[0],[1],[2,4],[3]]
+    del opt.hypers[1]['eps']
+    with pytest.raises(ValueError, match='needs the hyper `eps`, which group 1'): opt.step()
+
+def test_patterns_of_the_benchmark():
+    "Each sets what its name says, and trains like fastai's"
+    for name,pattern in patterns.items():
+        opts = [f([ps[i::24] for i in range(24)], lr=0.01) for f in (Adam,adam_jit)
+                for ps in [parameters(*[(4,4),(4,)]*60, dtype=torch.float64)]]
+        for opt in opts:
+            ps,rng = params_of(opt),random.Random(0)
+            grads = [p.grad for p in ps]
+            for i in range(6): pattern(opt, ps, grads, i, rng); opt.step()
+        for p,q in zip(*map(params_of, opts)): close(q, p, TOL[torch.float64], name)
