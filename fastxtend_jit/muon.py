@@ -49,7 +49,7 @@ def _orthogonal(x:Tensor, dtype:int) -> Tensor:
     return x.transpose(1, 2) if tall else x
 
 # %% ../nbs/18_muon.ipynb #106f6e5f
-@jit_step(lazy=True)
+@jit_step(lazy=True, one_shape=True)
 def muon_jit_step(
     params:List[Tensor], # Matrices or weights of convolutions, all of one shape, updated in place
     grads:List[Tensor], # Gradients
@@ -73,7 +73,7 @@ def muon_jit_step(
     update = [u.view(params[0].size()) for u in x.unbind()]
     if nesterov: torch._foreach_lerp_(update, grad_avg, mom)
     size = x.size(1)*x.size(2)
-    for piece in x.split(max(1, 2**24//size)): piece.copy_(_orthogonal(piece, dtype))
+    for piece in x.split(max(1, (1<<24)//size)): piece.copy_(_orthogonal(piece, dtype))
 
     by = 0.2*math.sqrt(max(rows, x.size(2))) if match_rms else math.sqrt(max(1., rows/x.size(2)))
     torch._foreach_add_(params, update, alpha=-lr*by)
