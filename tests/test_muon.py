@@ -5,14 +5,13 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner,params
 from fastai.tabular.model import TabularModel
 
 from fastxtend_jit.all import *
 from fastxtend_jit.muon import _orthogonal,why_adam
 from tests.cases import close
+from tests.learners import quiet,tensor_dls
 from tests.references import muon,orthogonal
 
 MATRICES = (48,48),(20,90),(90,20),(2,5),(30,7,3,3),(16,8,5),(6,4,2,2,3)
@@ -120,12 +119,11 @@ def test_edges():
 
 def test_in_pieces():
     "A stack that is larger than a piece gives what its matrices give one by one"
-    xs = torch.randn(5, 2000, 1700)
-    ps,qs = ([nn.Parameter(torch.zeros_like(x)) for x in xs] for _ in range(2))
-    args = dict(lr=1., mom=0., wd=0., nesterov=False)
-    muon_jit_step(ps := [p.data for p in ps], [*xs], [torch.zeros_like(x) for x in xs], **args)
-    for q,x in zip(qs, xs): muon_jit_step([q.data], [x], [torch.zeros_like(x)], **args)
-    for p,q in zip(ps, qs): close(p, q.data, 1e-6)
+    xs = torch.randn(5, 2, 3_000_000)
+    (ps,pm),(qs,qm) = ([torch.zeros_like(xs).unbind() for _ in range(2)] for _ in range(2))
+    muon_jit_step([*ps], [*xs], [*pm], lr=1., mom=0.9, wd=0.)
+    for q,x,m in zip(qs, xs, qm): muon_jit_step([q], [x], [m], lr=1., mom=0.9, wd=0.)
+    for p,q in zip(ps, qs): close(p, q, 1e-6)
 
 @pytest.mark.parametrize('shape', [(40,40),(20,70),(70,20)], ids=str)
 def test_singular_values(shape):
@@ -251,11 +249,10 @@ def test_in_a_learner():
     m = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16),
                       nn.Linear(16, 1))
     x = torch.randn(256, 4)
-    data = [*zip(x, x.prod(1, keepdim=True))]
-    dls = DataLoaders(*(DataLoader(data, bs=32, num_workers=0) for _ in range(2)), device='cpu')
+    dls = tensor_dls(x, x.prod(1, keepdim=True), bs=32, n_valid=64)
     halves = lambda m: [params(m[:3]),params(m[3:])]
     for f,splitter in ((muon_jit,params), (partial(muon_jit, rest=muon_rest(m)),halves)):
-        learn = Learner(dls, m, loss_func=nn.MSELoss(), opt_func=f, splitter=splitter, lr=0.01)
+        learn = quiet(Learner(dls, m, loss_func=nn.MSELoss(), opt_func=f, splitter=splitter, lr=0.01))
         before = learn.validate()[0]
         learn.fit_one_cycle(3)
         assert learn.validate()[0] < before and takes(learn.opt, m) == ['2.weight','4.weight']
