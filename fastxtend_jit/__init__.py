@@ -10,7 +10,8 @@ _modules = dict(
     rmsprop='rmsprop_jit rmsprop_jit_step', adam='adam_jit adam_jit_step', radam='radam_jit radam_jit_step',
     qhadam='qhadam_jit qhadam_jit_step', larc='larc_jit larc_jit_step', lamb='lamb_jit lamb_jit_step',
     ranger='ranger_jit ranger_jit_step', lion='lion_jit lion_jit_step', adan='adan_jit adan_jit_step',
-    stableadam='stableadam_jit stableadam_jit_step', learner='jit_opt', use='use_jit')
+    stableadam='stableadam_jit stableadam_jit_step', muon='muon_jit muon_jit_step muon_rest',
+    learner='jit_opt', use='use_jit')
 _module_of = {name:module for module,names in _modules.items() for name in names.split()}
 __all__ = [*_module_of]
 

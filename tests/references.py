@@ -1,8 +1,9 @@
-"Lion, Adan and StableAdamW as callbacks of fastai's `Optimizer`, a tensor at a time, by the formulas of their papers"
+"Lion, Adan, StableAdamW and Muon by their formulas, as callbacks of fastai's `Optimizer`, a tensor at a time"
 from functools import partial
 
 import torch
 from fastai.optimizer import Optimizer,l2_reg,weight_decay
+from fastcore.foundation import L
 
 def _lion(p, lr, mom, avg_mom, grad_avg=None, **_):
     g,m = p.grad.data,torch.zeros_like(p.data) if grad_avg is None else grad_avg
@@ -46,3 +47,39 @@ def adan(params, lr, mom=0.98, diff_mom=0.92, sqr_mom=0.99, eps=1e-6, wd=0.02, d
 
 def stableadam(params, lr, mom=0.9, sqr_mom=0.99, eps=1e-6, wd=0.01, decouple_wd=True):
     return _decays_itself(_stableadam, params, decouple_wd, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+
+def _adam(p, lr, mom, sqr_mom, eps, step=0, grad_avg=None, sqr_avg=None, **_):
+    g,step = p.grad.data,step+1
+    m,v = _average(grad_avg, g, mom),_average_sqr(sqr_avg, g, sqr_mom)
+    p.data.addcdiv_(m, (v/(1 - sqr_mom**step)).sqrt() + eps, value=-lr/(1 - mom**step))
+    return dict(step=step, grad_avg=m, sqr_avg=v)
+
+def orthogonal(x):
+    "The polynomial of Muon's five iterations, of a matrix"
+    x = x/x.norm().clamp(min=1e-7)
+    for _ in range(5): x = 3.4445*x - 4.7750*x@x.mT@x + 2.0315*x@x.mT@(x@x.mT)@x
+    return x
+
+def _muon(p, lr, mom, nesterov, adjust, grad_avg=None, **_):
+    g = p.grad.data
+    m = torch.lerp(torch.zeros_like(g) if grad_avg is None else grad_avg, g, 1-mom)
+    x = (torch.lerp(g, m, mom) if nesterov else m).flatten(1)
+    r,c = x.shape
+    x = x.double() if x.dtype == torch.float64 else x.float()
+    x = orthogonal(x) if r <= c else orthogonal(x.mT).mT
+    by = 0.2*max(r, c)**0.5 if adjust == 'match_rms_adamw' else max(1, r/c)**0.5
+    p.data.add_(x.to(p.dtype).reshape(p.shape), alpha=-lr*by)
+    return dict(grad_avg=m)
+
+def muon(params, lr, mom=0.95, nesterov=True, wd=0., decouple_wd=True, adjust='match_rms_adamw', rest=None,
+         sqr_mom=0.99, eps=1e-5):
+    "Muon for matrices but for the first and the last one, or for `rest`; Adam for all others"
+    params = L(params)
+    is_matrix = lambda p: p.dim() > 1 and min(p.shape[0], p[0].numel()) > 1 and not (p.dim() > 2 and p.shape[1] == 1)
+    matrices = [p for p in (L(params).concat() if isinstance(params[0], (list,L)) else params) if is_matrix(p)]
+    rest = [*matrices[:1],*matrices[-1:]] if rest is None else rest
+    def update(p, **kwargs):
+        takes_adam = not any(p is q for q in matrices) or any(p is q for q in rest)
+        return _adam(p, **kwargs) if takes_adam else _muon(p, nesterov=nesterov, adjust=adjust, **kwargs)
+    hypers = dict(lr=lr, mom=mom, wd=wd, sqr_mom=sqr_mom, eps=eps)
+    return Optimizer(params, [weight_decay if decouple_wd else l2_reg, update], **hypers)
