@@ -13,7 +13,7 @@ from .ranger import *
 from .lion import *
 from .adan import *
 from .stableadam import *
-from .muon import *
+from .muon import muon_jit,muon_jit_step,muon_rest
 from .learner import jit_opt
 from .use import use_jit
 from .compare import *

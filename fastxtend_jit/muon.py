@@ -95,8 +95,9 @@ def muon_rest(
     "Matrices of `model` that should take Adam's step: embeddings and other tables, those of the first and last layer"
     tables = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag)) for p in m.parameters()}
     # with both names of tied parameters, as a head may be tied to an embedding
-    named = [(n,p) for n,p in model.named_parameters(remove_duplicate=False) if not why_adam(p)]
-    layers = [p for n,p in named if 'weight' in n]  # others are tables, such as of positions
+    every = [*model.named_parameters(remove_duplicate=False)]
+    named = [(n,p) for n,p in every if not why_adam(p)]
+    layers = [p for n,p in every if p.dim() > 1 and 'weight' in n]  # others are tables, such as of positions
     ends = _ends(layers)
     return [*{id(p):p for n,p in named if id(p) in tables or 'weight' not in n or any(p is q for q in ends)}.values()]
 
@@ -107,11 +108,11 @@ def _position(p, rest): return int(bool(why_adam(p, rest)))  # of its step: 0 fo
 def _given_rest(rest, params):
     "`rest` as a list; raises if it cannot be of these parameters"
     if rest is None:
-        matrices = [p for p in params if not why_adam(p)]
-        if 0 < len(matrices) < 3:
+        ends,matrices = _ends([p for p in params if p.dim() > 1]),[p for p in params if not why_adam(p)]
+        if matrices and all(why_adam(p, ends) for p in matrices):
             warnings.warn("No parameter takes Muon's step: the first and the last matrix take Adam's, and there is no "
                           "other. Pass `rest=[]` if they should take Muon's.", stacklevel=4)
-        return _ends(matrices)
+        return ends
     rest = [rest] if isinstance(rest, Tensor) else [*rest]
     if wrong := [o for o in rest if not isinstance(o, Tensor)]:
         raise TypeError(f"`rest` has to be a list of parameters, as `muon_rest(model)` gives, but holds {wrong[0]!r}.")
