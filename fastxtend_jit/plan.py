@@ -454,7 +454,7 @@ class Roster:
     ):
         self.fingerprint,self.written,self.names = None,None,param_names(x.groups)
         # a number for each parameter is packed anew, in slots of this roster
-        known = {s.index: replace(s, state={**s.state}) if s.step.scalar_state else s for s in old.slots} if old else {}
+        known = {s.index: replace(s, state={**s.state}, new={}) if s.step.scalar_state else s for s in old.slots} if old else {}
         group_of = [i for i,pg in enumerate(x.groups) for _ in pg]
         fit = {i for i,(p,g) in enumerate(zip(x.params, x.grads)) if g is not None and p.numel() > 0}
         for i in {*fit,*known}: self.names[i] += f' (shape {tuple(x.params[i].shape)})'

@@ -219,3 +219,15 @@ def test_first_gradients_of_other_kinds(case):
                 if (k-first)%len(kinds) > i or (k+i)%4 == 0: p.grad = None
         _train(opts, 12, late)
         for p,q in zip(*(o.ps for o in opts)): close(q, p, TOL[torch.float32])
+
+def test_number_after_a_step_that_was_not_taken():
+    "`explain`, or a step that fails, leaves nothing in what is known of a parameter"
+    def step(params:list[torch.Tensor], grads:list[torch.Tensor], taken:torch.Tensor, lr:float):
+        taken += 1.
+        torch._foreach_sub_(params, torch._foreach_mul(grads, taken.mul(lr).unbind()))
+    ps,ones = [nn.Parameter(torch.zeros(3)) for _ in range(2)],torch.ones
+    opt = JitOptimizer(ps, step, lr=0.1)
+    for first,second,take in ((1,0,opt.step), (1,1,opt.explain), (1,0,opt.step), (1,0,opt.step), (0,1,opt.step)):
+        for p,has in zip(ps, (first,second)): p.grad = ones(3) if has else None
+        take()
+    assert [opt.state[p]['taken'].item() for p in ps] == [3,1]
