@@ -11,7 +11,7 @@ __all__ = ['batch_size', 'cache_size', 'small_size', 'unlimited', 'plans_kept', 
 
 # %% ../nbs/06_plan.ipynb #5a2ab0f0
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from functools import cache
@@ -206,7 +206,7 @@ def _pack(slots, name):
 def _vector(ts):
     "The numbers `ts` as a vector, and whether it is a copy, since they do not follow one another in memory"
     base,at = ts[0]._base,ts[0].storage_offset()
-    in_a_row = base is not None and all(t._base is base for t in ts)
+    in_a_row = base is not None and not hasattr(base, 'device_mesh') and all(t._base is base for t in ts)
     if in_a_row and [t.storage_offset() for t in ts] == [*range(at, at+len(ts))]:
         return base.as_strided((len(ts),), (1,), at),False
     return torch.stack(ts),True
@@ -324,13 +324,18 @@ def run(self:Bucket,
     "Run the step on all batches"
     lists,threads = self.lists(form, grads),torch.get_num_threads()
     one_thread = self.key.single_thread and threads > 1 and openmp()
-    for vector,numbers in self.copied: torch.stack(numbers, out=vector)
+    for vector,numbers in self.copied: vector.copy_(torch.stack(numbers))
     try:
         if one_thread: torch.set_num_threads(1)
         form.call(*lists, *scalars.values())
     finally:
         if one_thread: torch.set_num_threads(threads)
-    for vector,numbers in self.copied: torch._foreach_copy_(numbers, vector.unbind())
+    if self.copied: self._store_copied()
+
+@patch
+def _store_copied(self:Bucket):
+    with OneByOne() if self.key.mesh else nullcontext():  # `DTensor`s do not know this call
+        for vector,numbers in self.copied: torch._foreach_copy_(numbers, vector.unbind())
 
 @patch
 def count_step(self:Bucket):

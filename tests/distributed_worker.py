@@ -159,7 +159,7 @@ def mixed(case):
             p.grad.div_(2)
     equal(train(two, make(case, two), mine, after=reduce), train(one, make(case, one)))
 
-def placements(case):
+def placements(case, has=lambda i,j: True):
     "Tensors split in other ways, with gradients that are placed in another way than their parameters"
     mesh,shapes = init_device_mesh('cpu', (2,)),[(6,4),(5,3),(3,),(4,4)]
     torch.manual_seed(0)
@@ -171,11 +171,16 @@ def placements(case):
         for j,(p,q) in enumerate(zip(ps, qs)):
             p.grad = torch.randn(p.shape).double()
             q.grad = distribute_tensor(p.grad, mesh, [Replicate() if (i+j)%2 else Shard(0)])
+            if not has(i, j): p.grad = q.grad = None
         ref.step()
         opt.step()
     equal(opt, ref)
 
-CHECKS = [ddp, accelerate, accumulate] + [fsdp, hsdp, mixed, placements]*bool(fully_shard)
+def sets(case):
+    "Sets of gradients that change"
+    placements(case, lambda i,j: (i+j)%3)
+
+CHECKS = [ddp, accelerate, accumulate] + [fsdp, hsdp, mixed, placements, sets]*bool(fully_shard)
 
 def main(path):
     "Write what went wrong, by check and optimizer, to `path`"

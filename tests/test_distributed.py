@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 root = Path(__file__).parent.parent
 sharded = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, 'fully_shard'), reason='FSDP2 came with PyTorch 2.6')
 NAMES   = {**dict.fromkeys(['ddp','accelerate','accumulate'], ()),
-           **dict.fromkeys(['fsdp','hsdp','mixed','placements'], sharded)}
+           **dict.fromkeys(['fsdp','hsdp','mixed','placements','sets'], sharded)}
 
 def torchrun(*args):
     "Run a program in two processes; what it printed"
