@@ -28,8 +28,8 @@ from .memory import (WrittenMemory,flat_view,has_storage,is_dense,is_dense_cpu,l
                                   significant_strides,takes_lists,to_local)
 from .step import JitStep
 from .trial import formula_key,same_random,verdict
-from .validate import (check_grad,check_memory,check_params_disjoint,check_state,check_step_count,
-                                    param_names,state_dtypes)
+from .validate import (as_scalar,check_grad,check_memory,check_params_disjoint,check_state,
+                                    check_step_count,param_names,state_dtypes)
 
 # %% ../nbs/06_plan.ipynb #29009242
 batch_size = 2**21  # elements in a batch on a CPU, at most, if the step allocates
@@ -439,7 +439,9 @@ class Grads:
         addresses = column(Tensor.data_ptr) if {*classes} <= {Tensor} else None  # others may have none
         known = addresses is not None and addresses == self.addresses and same([r() for r in self.refs], grads)
         if not known:
-            self.refs,self.addresses = _each(ref, grads),addresses
+            # PyTorch swaps no gradient that has weak references
+            swaps = addresses is None or torch.__future__.get_swap_module_params_on_conversion()
+            self.refs,self.addresses = () if swaps else _each(ref, grads),addresses
             self.fixed = classes,column(_dtype),column(Tensor.is_neg)
             if addresses is None or 0 in addresses: self.fixed += column(Tensor._is_zerotensor),
             if addresses is None: self.fixed += column(lambda g: getattr(g, 'placements', None)),
@@ -457,7 +459,8 @@ class Roster:
         x:Inputs, # What a step finds, which stays as it is
         old=None # A roster whose slots are known to be right
     ):
-        self.fingerprint,self.written,self.names = None,None,param_names(x.groups)
+        self.fingerprint,self.names = None,param_names(x.groups)
+        self.written = None  # memory of all, if no two of them share any
         # a number for each parameter is packed anew, in slots of this roster
         known = {s.index: replace(s, state={**s.state}, new={}) if s.step.scalar_state else s for s in old.slots} if old else {}
         group_of = [i for i,pg in enumerate(x.groups) for _ in pg]
@@ -484,16 +487,16 @@ class Roster:
                 slot.add_state(n, t, like, n in step.scalar_state)
         return slot
 
-    def _check_apart(self, x):
-        "Raise if two parameters share memory, or state"
-        params,names = ([getattr(s, n) for s in self.slots] for n in ('param','name'))
+    def _memory_of(self, slots, x):
+        "What a step of some of them writes; raises if two share memory, or state"
+        params,names = ([getattr(s, n) for s in slots] for n in ('param','name'))
         if len({*map(id, params)}) < len(params): check_params_disjoint(params, names)
         owners = {}
-        for s in self.slots:
+        for s in slots:
             if s.param in x.state and (twin := owners.setdefault(id(s.stored), s.name)) is not s.name:
                 raise ValueError(f"{s.name} and {twin} have one and the same dict as state: give each its own.")
-        state = [(f'state `{n}` of {s.name}',t) for s in self.slots for n,t in s.state.items() if t is not None]
-        with _sharing_first(params, names): self.written = WrittenMemory([*zip(names, params), *state])
+        state = [(f'state `{n}` of {s.name}',t) for s in slots for n,t in s.state.items() if t is not None]
+        with _sharing_first(params, names): return WrittenMemory([*zip(names, params), *state])
 
     def after(self,
         x:Inputs # What the next step finds
@@ -530,7 +533,10 @@ def plan(self:Roster,
 ):
     "Which of them step together; raises if a gradient does not fit, or overlaps memory that the step writes"
     pattern = self._pattern(x, alike)
-    res = self._last if self._last and self._last.pattern == pattern else self._plans.get(pattern)
+    try: res = self._last if self._last and self._last.pattern == pattern else self._plans.get(pattern)
+    except TypeError:  # no key of a dict
+        for st,s in zip(self._stored, self.slots): as_scalar(st.get('do_wd', True), bool, f'`do_wd` of {s.name}')
+        raise
     if res is None or not res.set_steps_taken(self.steps_taken()):
         self._plans[pattern] = res = Plan(self, x, pattern, alike, [*zip(*pattern[3:])])
         if len(self._plans) > plans_kept: self._plans.popitem(last=False)
@@ -552,19 +558,25 @@ def _pattern(self:Roster, x, alike):
         raise
     return (*alike,),tuple([g is None for g in x.grads]),do_wd,*kinds
 
+_no_address = 2**32  # hardly any memory lies below, and what was freed lies at an offset from 0
+
 @patch
 def _check_grads_apart(self:Roster, x, plan):
-    "Raise `ValueError` if a gradient overlaps memory that the step writes, or was freed"
-    if self.written is None: self._check_apart(x)
+    "Raise `ValueError` if a gradient overlaps memory that the step writes, or was freed, or two of that overlap"
     addresses = self._grads.addresses
     if addresses and addresses == plan.addresses: return
     known = {(i,g.data_ptr(),g.stride(),g.dtype) for i in plan.with_storage for g in [x.grads[i]]}
     new = sorted(known - self._safe, key=itemgetter(0))
     for i,at,*_ in new:
-        if at == 0: check_grad(x.params[i], x.grads[i], self.names[i])
-    self.written.check_grads(*([o[i] for i,*_ in new] for o in (x.grads,self.names)))
-    if len(self._safe) > 2**16: self._safe.clear()
-    self._safe.update(o for o in new if o[1])
+        if at < _no_address: check_grad(x.params[i], x.grads[i], self.names[i])
+    try:
+        if self.written is None: self.written = self._memory_of(self.slots, x)
+        self.written.check_grads(*([o[i] for i,*_ in new] for o in (x.grads,self.names)))
+        if len(self._safe) > 2**16: self._safe.clear()
+        self._safe.update(o for o in new if o[1] >= _no_address)
+    except ValueError:  # what takes no step now may share memory
+        written = self._memory_of([s for b in plan.buckets for s in b.slots], x)
+        written.check_grads(*([o[i] for i in plan.with_storage] for o in (x.grads,self.names)))
     plan.addresses = addresses
 
 @patch

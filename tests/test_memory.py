@@ -121,6 +121,39 @@ def test_kept_graph(case):
     try: assert ours.float()[0].weight.dtype == torch.float32
     finally: torch.__future__.set_swap_module_params_on_conversion(False)
 
+@every
+def test_swapped_parameters(case):
+    "A model that changes its dtype in training, with gradients, where PyTorch swaps tensors instead of their data"
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        models = [nn.Linear(3,2) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        opts = [case.make([*m.parameters()], jit) for m,jit in zip(models, (False,True))]
+        for to in (nn.Module.float, nn.Module.double):
+            for m,o in zip(models, opts):
+                o.clear_state()
+                to(m)
+                for i in range(4): new_grads([*m.parameters()], i); o.step()
+        for p,q in zip(*(m.parameters() for m in models)): close(q, p, 1e-5)
+    finally: torch.__future__.set_swap_module_params_on_conversion(False)
+
+@every
+def test_shared_memory_in_turn(case):
+    "What takes no step at present may lie where others step, or their gradients: as in fastai"
+    opts = []
+    for jit in (False,True):
+        b = torch.linspace(-1, 1, 7, dtype=torch.float64)
+        p,q,r = nn.Parameter(b[:4]),nn.Parameter(b[2:]),nn.Parameter(torch.ones(5, dtype=torch.float64))
+        opts.append(case.make([[p,q],[r]], jit))
+        for i in range(13):
+            new_grads([p,q,r], i)
+            (p,q)[i%2].grad = None
+            if i%3 == 2: p.grad,q.grad,r.grad = None,None,q.data
+            opts[-1].step()
+    for p,q in zip(*map(params_of, opts)): close(q, p, 1e-11)
+    for p in params_of(opts[1]): p.grad = torch.ones_like(p)
+    refused(opts[1], ValueError, 'parameter 1 of group 0', 'shares its memory with parameter 0 of group 0')
+
 # --- State
 
 @every

@@ -13,7 +13,7 @@ from fastxtend_jit.calls import aten_calls
 from fastxtend_jit.launches import Launches
 from tests import engine
 from tests.cases import *
-from tests.support import every,new_grads,parameters,params_of,python_calls,slow_but,split
+from tests.support import every,new_grads,parameters,params_of,python_calls,refused,slow_but,split
 from tests.tools.launches import with_grads
 
 SHAPES = [(3,4),(5,),(),(7,2),(64,),(2,3,3,3)]*4
@@ -231,3 +231,15 @@ def test_number_after_a_step_that_was_not_taken():
         for p,has in zip(ps, (first,second)): p.grad = ones(3) if has else None
         take()
     assert [opt.state[p]['taken'].item() for p in ps] == [3,1]
+
+@pytest.mark.parametrize('steps', [0,2])
+def test_do_wd_that_is_none(steps):
+    "Neither true nor false, and no key of a dict"
+    p,q = ps = parameters((3,), (2,))
+    opt = adam_jit(ps, lr=0.1)
+    new_grads(ps)
+    for _ in range(steps): opt.step()
+    opt.state[q]['do_wd'] = [0.1]
+    refused(opt, TypeError, '`do_wd` of parameter 1 of group 0')
+    del opt.state[q]['do_wd']
+    opt.step()

@@ -177,6 +177,12 @@ def test_freed_memory(case, what, steps):
     if what != 'slow' or opt.count%opt.k == opt.k-1:
         with pytest.raises(ValueError, match='has no memory: it was freed'): opt.step()
     mend()
+    if what == 'gradient':  # a view of what was freed, as of FSDP's flat gradients
+        own = p.grad
+        p.grad = torch.cat([torch.ones(8, dtype=p.dtype), own.flatten()])[8:].view_as(own)
+        mend = _free(p.grad._base)
+        with pytest.raises(ValueError, match='has no memory: it was freed'): opt.step()
+        p.grad = own
     assert fingerprint(opt)[1:] == before[1:]
     train([opt,well], range(3))
     _same_numbers(opt, well, 0.)
