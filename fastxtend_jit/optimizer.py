@@ -57,7 +57,7 @@ class JitOptimizer(Optimizer):
     _engine_args = ENGINE_ARGS  # step arguments that the engine supplies, with their types
     _reserved = 'self','opt_step','choose'  # constructor arguments, whose names a step cannot have for its own
     _consts,_listed,_roster = (),(),None  # names of constants, and of state kept as one list; who is fit for a step
-    _more_steps,_taken = (),None  # steps after the first; what each parameter takes, with what that was made of
+    _more_steps,_taken = (),None  # steps after the first; what parameters take, and of which hypers, made of what
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable|list, # Step function, see `JitStep`, or several; compiled if they are plain functions
@@ -200,15 +200,17 @@ def _takes(self:JitOptimizer, params):
     if wrong := [(n,i) for n,i in zip(param_names(self.param_lists), at) if i not in range(len(kinds))]:
         raise ValueError(f"`choose` returned {wrong[0][1]!r} for {wrong[0][0]}, which is not the position of a step, "
                          f"from 0 to {len(kinds)-1}.")
-    self._taken = made_of,params,[kinds[i] for i in at]
+    hypers = _hypers(self.steps, self._engine_args)
+    self._taken = made_of,params,[kinds[i] for i in at],itemgetter(*hypers) if hypers else lambda h: ()
     return self._taken[2]
 
 @patch
 def _alike(self:JitOptimizer):
     "For each parameter group, the first group with equal hypers"
-    every,names = range(len(self.hypers)),_hypers(self.steps, self._engine_args)
+    every,of = range(len(self.hypers)),self._taken[3]
+    if len(every) == 1: return [0]
     try:
-        values = [*map(itemgetter(*names), self.hypers)] if names else [()]*len(every)
+        values = [*map(of, self.hypers)]
         first = dict(zip(reversed(values), reversed(every)))
         return [*map(first.__getitem__, values)]
     except (KeyError,TypeError): return [*every]  # lost or no numbers: each for itself
@@ -222,7 +224,7 @@ def _prepare(self:JitOptimizer):
     engine_values,calls = self._engine_values(plan, x),[]
     for b in plan.buckets:
         scalars = self._scalars(b.key, b.steps_taken, **engine_values)
-        form = b.form(scalars, self._flags(b.step), x.grads)
+        form = b.form(scalars, self._flags, x.grads)
         if 'fused' in scalars: scalars['fused'] = not form.why
         calls.append((b,form,scalars))
     for b,_,scalars in calls:
@@ -232,20 +234,21 @@ def _prepare(self:JitOptimizer):
 # Without this layer of PyTorch's dispatcher autograd does not learn that parameters are written to, as with `p.data`
 _counts_writes = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
-def _not_traced(f):
-    "`f` as it is, wherever `torch.compile` meets it: `torch.compiler.disable` would import torch._dynamo"
-    set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+def _untraced(f):
+    "`f` as it is, without a history, wherever `torch.compile` meets it"
+    # `torch.no_grad` takes 7 µs, and `torch.compiler.disable` would import torch._dynamo
+    set_eval_frame,set_grad = torch._C._dynamo.eval_frame.set_eval_frame,torch._C._set_grad_enabled
     @wraps(f)
     def as_it_is(*args, **kwargs):
-        callback = set_eval_frame(None)
+        callback,grad = set_eval_frame(None),torch.is_grad_enabled()
+        set_grad(False)
         try: return f(*args, **kwargs)
-        finally: set_eval_frame(callback)
+        finally: set_grad(grad); set_eval_frame(callback)
     as_it_is._torchdynamo_disable = True  # a caller that is compiled breaks its graph here
     return as_it_is
 
 @patch
-@_not_traced
-@torch.no_grad()
+@_untraced
 def step(self:JitOptimizer,
     closure=None # For PyTorch's signature; fastai does not support one
 ):
@@ -283,7 +286,7 @@ def _by_kind(ts):
     for t in ts: res.setdefault((type(t),t.dtype,t.device), []).append(t)
     return res.values()
 
-@_not_traced
+@_untraced
 def _warn_of_accumulation():
     "Warn if Accelerate accumulates gradients: an optimizer that it wraps is not called then"
     state = getattr(sys.modules.get('accelerate.state'), 'GradientState', None)

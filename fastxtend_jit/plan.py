@@ -15,7 +15,7 @@ from contextlib import contextmanager,nullcontext
 from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from functools import cache
-from operator import is_,itemgetter
+from operator import eq,is_,itemgetter
 from typing import Callable,NamedTuple
 from weakref import ref
 
@@ -256,7 +256,7 @@ class Bucket:
 
     def form(self,
         scalars:dict, # Scalar arguments of the step
-        flags:tuple=(), # Names of those that are true or false from step to step
+        flags:Callable=lambda step: (), # Gives the names of those that are true or false from step to step
         grads:list=() # Gradients of all parameters, by index
     ) -> Form:
         "How it runs with such scalars; the first time in a process, the step is tried on small tensors"
@@ -276,7 +276,7 @@ class Bucket:
     def _make_form(self, scalars, flags, kind):
         step,key,compiled = self.step,self.key,kind[0]
         if kind not in self._tried:
-            v = verdict(step, self.states, key.device, key.dtype, scalars, flags, compiled, key.why_not_fusable)
+            v = verdict(step, self.states, key.device, key.dtype, scalars, flags(step), compiled, key.why_not_fusable)
             most = max_elements(step.elementwise, v.passes, v.allocates) if key.cuttable else unlimited
             call = step.batched(self.states, compiled)
             if len(self._tried) >= 16: self._tried.clear()
@@ -365,37 +365,36 @@ class Fingerprint:
         slots:list, # Parameters with their state, which is stored
         x:Inputs # What they were made from
     ):
-        self.params,self.takes,self.stored = x.params,x.takes,{}  # for each name of state, where it is stored
+        self.params,self.takes,stored = x.params,x.takes,{}  # for each name of state, where it is stored
         for s in slots:
             for n in s.state:
-                if n not in x.lists: self.stored.setdefault(n, []).append(s.stored)
+                if n not in x.lists: stored.setdefault(n, []).append(s.stored)
+        self.stored = {itemgetter(n):dicts for n,dicts in stored.items()}
         self.counting,self.counts = [s.stored for s in slots if s.counts],[s.counts for s in slots]
         self.steps_taken = [0]*len(slots)  # by each, as found by `matches`
         params,state = [s.param for s in slots],[t for s in slots for t in s.state.values()]
-        self.without_storage = [t for t in params+state if not has_storage(t)]
-        self.with_storage,self.state = ([t for t in ts if has_storage(t)] for ts in (params,state))
+        without_storage = [t for t in params+state if not has_storage(t)]
+        params,state = ([t for t in ts if has_storage(t)] for ts in (params,state))
         # state in another memory order is copied at first, so this is all there is to know of its strides
-        self.contiguous,self.strided = ([t for t in self.state if t.is_contiguous() == c] for c in (True,False))
-        self.identities,self.values = self._identities(x),self._values(x)
+        contiguous,strided = ([t for t in state if t.is_contiguous() == c] for c in (True,False))
+        looks = [*((f, params) for f in (Tensor.data_ptr, Tensor.stride, Tensor.numel)), (Tensor.data_ptr, state),
+                 (Tensor.is_contiguous, contiguous), (Tensor.stride, strided), (_without_storage, without_storage)]
+        self.looks = [(f,ts) for f,ts in looks if ts]
+        self.identities,self.values = [*self._identities(x)],[*self._values(x)]
 
     def _identities(self, x):
         "Columns that have to hold the same objects"
-        state = {f'state `{n}`': _each(itemgetter(n), stored) for n,stored in self.stored.items()}
-        return dict(all_state=[x.state], owners=[*x.state], stored=[*x.state.values()], **state,
-                    **{n: [*ts] for n,ts in x.lists.items()})
+        yield [x.state]
+        yield [*x.state]
+        yield [*x.state.values()]
+        for of,stored in self.stored.items(): yield _each(of, stored)
+        for ts in x.lists.values(): yield [*ts]
 
     def _values(self, x):
         "Columns that have to be equal"
-        return dict(
-            inference         = torch.is_inference_mode_enabled(),
-            groups            = _each(len, x.groups),
-            param_addresses   = _each(Tensor.data_ptr, self.with_storage),
-            param_strides     = _each(Tensor.stride, self.with_storage),
-            param_sizes       = _each(Tensor.numel, self.with_storage),
-            state_addresses   = _each(Tensor.data_ptr, self.state),
-            state_contiguous  = all(map(Tensor.is_contiguous, self.contiguous)),
-            state_strides     = _each(Tensor.stride, self.strided),
-            without_storage   = _each(_without_storage, self.without_storage))
+        yield torch.is_inference_mode_enabled()
+        yield _each(len, x.groups)
+        for f,ts in self.looks: yield _each(f, ts)
 
     def matches(self,
         x:Inputs # What the next step finds
@@ -403,12 +402,11 @@ class Fingerprint:
         "Is everything as it was?"
         if x.takes is not self.takes or not same(x.params, self.params): return False
         try:
-            found = self._identities(x)
-            if not all(same(found[k], v) for k,v in self.identities.items()): return False
+            if not all(map(same, self._identities(x), self.identities)): return False
             taken = _each(itemgetter('step'), self.counting)
             if len(taken) == len(self.counts): self.steps_taken = taken
             elif taken: self.steps_taken = [next(found) if c else 0 for found in [iter(taken)] for c in self.counts]
-            return {*map(type, taken)} <= {int} and self._values(x) == self.values
+            return {*map(type, taken)} <= {int} and all(map(eq, self._values(x), self.values))
         except KeyError: return False  # state was deleted
 
 # %% ../nbs/06_plan.ipynb #5432e989

@@ -37,7 +37,7 @@ def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"
     x = opt._inputs()._replace(params=params, grads=grads, takes=opt._takes(params))
     res = plan.Roster(x).plan(x, opt._alike())
-    for b in res.buckets: b.form(opt._scalars(b.key), opt._flags(b.step))
+    for b in res.buckets: b.form(opt._scalars(b.key), opt._flags)
     return res
 
 def prove(opt):
