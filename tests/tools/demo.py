@@ -1,99 +1,169 @@
-"`make demo`: train on handwritten digits, as a table and as images, with fastai's Adam and with adam_jit, and compare"
-import warnings
+"`make demo`: whole fits with fastai's Adam and with adam_jit, where that pays and where it does not, and a control"
+import json,random,warnings
 from pathlib import Path
-from statistics import median
+from typing import Callable,NamedTuple
 
 warnings.filterwarnings('ignore', module='torch.jit|fastai')  # about how fastai is written, not about this demo
 import fastai,matplotlib,numpy as np,pandas as pd
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 from fastai.tabular.all import *
+from fastai.vision.models.xresnet import xresnet18
 from fastcore.script import call_parse
+from matplotlib.figure import Figure  # fastai's `Figure` is another
 from sklearn.datasets import load_digits
 
 from fastxtend_jit.all import *
-from fastxtend_jit.cold import digits
 from fastxtend_jit.calls import clock
+from fastxtend_jit.cold import digits
+from fastxtend_jit.report import machine
 
-def table(bs):
-    "1797 rows of 64 pixels, each a category from 0 to 16; every fifth for validation. An embedding for each pixel"
-    learn = digits(Adam, bs)
-    return learn.dls,learn.model
+TIMES = dict(step_ms='optimizer step', training_ms='training step', fit_s='whole fit')
+MOVED = 'Adam, from weights moved by 1e-7'
 
-def images(bs, width=32, depth=4):
-    "The same as images of 8x8 pixels, for a small ResNet"
+def images(opt_func, bs, batches):
+    "Digits as images of 32x32 pixels, and fastai's xresnet18"
+    set_seed(42)
     x,y = load_digits(return_X_y=True)
-    data = list(zip(torch.tensor(x, dtype=torch.float32).view(-1,1,8,8)/8 - 1, torch.tensor(y)))
-    blocks = [ResBlock(1, width, width, stride=1+(i==1)) for i in range(depth)]
-    model = nn.Sequential(ConvLayer(1, width), *blocks, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(width, 10))
-    return DataLoaders.from_dsets([o for i,o in enumerate(data) if i%5], data[::5], bs=bs, device='cpu'),model
+    x = F.interpolate(tensor(x, dtype=torch.float32).view(-1,1,8,8)/8 - 1, size=32, mode='bilinear')
+    data = list(zip(x, tensor(y)))
+    dls = DataLoaders.from_dsets(data[64:64+bs*batches], data[:64], bs=bs, device='cpu')
+    return Learner(dls, xresnet18(c_in=1, n_out=10), CrossEntropyLossFlat(), opt_func=opt_func)
+
+class Case(NamedTuple):
+    "What is trained"
+    what:str # For tables and charts
+    learner:Callable # Makes a Learner from a factory
+    epochs:int # Of a fit
+
+CASES = {
+    'table':      Case('tabular model, 64 rows', digits, 6),
+    'images, 4':  Case('xresnet18, 4 images', partial(images, bs=4, batches=40), 1),
+    'images, 16': Case('xresnet18, 16 images', partial(images, bs=16, batches=20), 1),
+    'images, 64': Case('xresnet18, 64 images', partial(images, bs=64, batches=10), 1)}
 
 class StepTimer(Callback):
-    "Milliseconds that each `opt.step` takes, and each whole training step"
+    "Milliseconds that each optimizer step takes, and each training step; the losses"
     order = 100
-    def before_fit(self): self.now,self.opt_steps,self.steps,self.losses = clock(self.dls.device),[],[],[]
+    def before_fit(self): self.now,self.steps,self.training_steps,self.losses = clock(self.dls.device),[],[],[]
     def before_batch(self): self.start = self.now()
-    def before_step(self): self.opt_start = self.now()
-    def after_step(self): self.opt_steps.append(1e3*(self.now()-self.opt_start))
+    def before_step(self): self.step_start = self.now()
+    def after_step(self): self.steps.append(1e3*(self.now()-self.step_start))
     def after_batch(self):
         if not self.training: return
-        self.steps.append(1e3*(self.now()-self.start))
+        self.training_steps.append(1e3*(self.now()-self.start))
         self.losses.append(self.loss.item())
 
-def train(make, opt_func, epochs, bs, lr, seed):
-    "A Learner trained from `seed` on"
-    set_seed(seed)
-    dls,model = make(bs)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy, cbs=StepTimer())
-    print(f'\nfit_one_cycle with opt_func={opt_func.__name__}', flush=True)
-    learn.fit_one_cycle(epochs, lr)
-    return learn
+def fit(case, opt_func, moved=0.):
+    "Train from one seed, from weights moved by a part of themselves; times, and losses of all batches"
+    learn,timer = case.learner(opt_func),StepTimer()
+    with torch.no_grad():
+        for p in learn.model.parameters(): p *= 1+moved
+    set_seed(42)
+    now = clock(learn.dls.device)
+    with learn.no_bar(),learn.no_logging():
+        start = now()
+        learn.fit_one_cycle(case.epochs, 3e-3, cbs=timer)
+        seconds = now()-start
+    steps,training = (np.array(o) for o in (timer.steps,timer.training_steps))
+    times = dict(first_ms=steps[0], step_ms=np.median(steps), training_ms=np.median(training), fit_s=seconds)
+    return times,np.array(timer.losses)
 
-def compared(learns):
-    "Scores of each epoch and median times, side by side"
-    scores = {n: pd.DataFrame(list(l.recorder.values), columns=l.recorder.metric_names[1:-1]) for n,l in learns.items()}
-    scores = pd.concat(scores, axis=1).swaplevel(axis=1)[scores['Adam'].columns].rename_axis('epoch')
-    times = {n: [median(l.step_timer.opt_steps), median(l.step_timer.steps)] for n,l in learns.items()}
-    times = pd.DataFrame(times, index=['optimizer step','whole training step'])
-    times['speed-up'] = times['Adam']/times['adam_jit']
-    return scores,times
+def measure(cases, rounds, progress=print):
+    "Fits, in random order: times, a line each; how far losses are from fastai's in the first round, a line a batch"
+    fit(CASES['table']._replace(epochs=1), SGD)  # what a process pays once, whatever is trained
+    contestants = {'Adam':(Adam,), 'adam_jit':(adam_jit,), MOVED:(Adam,1e-7)}
+    lines,losses,rng = [],{},random.Random(0)
+    for i in range(1, rounds+1):
+        for c in cases:
+            names = [n for n in contestants if n != MOVED or i == 1]  # a control, whose times are Adam's
+            for n in rng.sample(names, len(names)):
+                times,found = fit(CASES[c], *contestants[n])
+                if i == 1: losses[c,n] = found
+                if n != MOVED: lines.append(dict(case=c, contestant=n, round=i, **times))
+                progress(f"round {i} of {rounds}, {CASES[c].what}, {n}: {times['fit_s']:.2f} s")
+    def apart(c, n): return np.maximum(abs(losses[c,n]/losses[c,'Adam'] - 1), 1e-9)  # a chart of logarithms has no 0
+    drift = [pd.DataFrame(dict(case=c, adam_jit=apart(c, 'adam_jit'), moved=apart(c, MOVED))) for c in cases]
+    return pd.DataFrame(lines),pd.concat(drift).rename_axis('batch').reset_index()
 
-def draw(runs, chart):
-    "How far apart the losses are, batch by batch, beside the rounding of float32"
-    fig,ax = plt.subplots(figsize=(7,4), layout='constrained')
-    for what,learns in runs.items():
-        a,b = (np.array(l.step_timer.losses) for l in learns.values())
-        ax.semilogy(np.maximum(abs(a-b)/a, 1e-9), lw=1, label=what)
-    ax.axhline(2**-23, color='black', lw=1, ls='--', label='one rounding of float32')
-    ax.set(title='Losses with adam_jit and with Adam: relative difference', xlabel='batch', ylim=(5e-10,10))
+def compared(lines):
+    "For each case and time: with fastai's Adam, with ours, and how many times as fast that is; medians of the rounds"
+    mid = lines.groupby(['case','contestant'], sort=False).median().drop(columns='round')
+    res = pd.concat({n: mid.xs(n, level='contestant').stack() for n in ('Adam','adam_jit')}, axis=1)
+    return res.assign(speed=res['Adam']/res['adam_jit']).rename_axis(['case','time'])
+
+def apart(drift):
+    "Differences of the losses from fastai's in the last 30 batches of each case, in the median"
+    return drift.groupby('case', sort=False)[['adam_jit','moved']].apply(lambda d: d.tail(30).median())
+
+def draw_speeds(ax, table):
+    "Bars for each case: how many times as fast as with fastai's"
+    table,colors = table.speed.unstack('time')[[*TIMES]],('#1f6fb4','#6fa8d6','#bcd6ec')
+    y = np.arange(len(table))
+    for i,(n,color) in enumerate(zip(TIMES, colors)):
+        bars = ax.barh(y+(i-1)*0.27, table[n], 0.25, color=color, label=TIMES[n])
+        ax.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
+    ax.axvline(1, color='black', lw=1)
+    ax.set(title='adam_jit: times as fast as fastai’s Adam', yticks=y, xlim=(0,1.15*table.max().max()),
+           yticklabels=[CASES[c].what.replace(', ', ',\n') for c in table.index])
+    ax.invert_yaxis()
     ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False)
-    fig.savefig(chart, dpi=150)
-    plt.close(fig)
+
+def draw_drift(ax, drift):
+    "How far apart losses are, batch by batch"
+    for c,d in drift.groupby('case', sort=False):
+        line, = ax.semilogy(d.batch, d.adam_jit, lw=1.3, label=f'{CASES[c].what}, adam_jit')
+        ax.semilogy(d.batch, d.moved, lw=1.3, ls=':', color=line.get_color())
+    ax.plot([], [], color='black', ls=':', label=MOVED)
+    ax.axhline(2**-23, color='black', lw=1, ls='--', label='one rounding of float32')
+    ax.set(title='Losses: relative difference from fastai’s Adam', xlabel='batch', ylim=(5e-10,1e3))
+    ax.spines[['top','right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+
+def draw(path, width, height, *panels):
+    "Save a chart of panels side by side, each a function that draws and its table"
+    fig = Figure(figsize=(width,height), layout='constrained')
+    for ax,(f,table) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels): f(ax, table)
+    handles,labels = fig.axes[0].get_legend_handles_labels()
+    if panels[0][0] is draw_speeds: fig.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
+    fig.savefig(path, dpi=110)
+
+def store(folder, lines, drift):
+    "Save figures, the machine, and the front page's chart for wide and for narrow screens"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines.to_csv(folder/'fits.csv', index=False, float_format='%.6g')
+    drift.to_csv(folder/'drift.csv', index=False, float_format='%.3g')
+    (folder/'machine.json').write_text(json.dumps(machine(), indent=1)+'\n')
+    speeds = (draw_speeds, compared(lines))
+    draw(folder/'fits.png', 8.5, 4.2, speeds)
+    draw(folder/'fits_narrow.png', 4, 4.8, speeds)
+    draw(folder/'drift.png', 7, 4, (draw_drift, drift))
 
 @call_parse
 def main(
-    epochs:int=6, # Number of epochs
-    bs:int=64, # Batch size
-    lr:float=3e-3, # Highest learning rate of the cycle
-    seed:int=42, # All trainings start from it
-    chart:str='demo.png' # Where to save the chart
+    rounds:int=2, # Fits of each kind
+    cases:str='all', # Some of table; images, 4; images, 16; images, 64 (separated by semicolons)
+    chart:str='demo.png', # Where to save the chart
+    out:str=None # A folder to store figures and the front page's charts in
 ):
-    "Train on handwritten digits with fastai's Adam, then with adam_jit from the same seed, and compare"
-    print(f"scikit-learn's 1797 handwritten digits, on a CPU with {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, fastai {fastai.__version__}")
-    runs,results = {},{}
-    for what,make in {'as a table':table, 'as images':images}.items():
-        ps = list(make(bs)[1].parameters())
-        print(f"\n=== Digits {what}: {len(ps)} tensors, {sum(p.numel() for p in ps):,} parameters")
-        runs[what] = {o.__name__: train(make, o, epochs, bs, lr, seed) for o in (Adam,adam_jit)}
-        scores,times = results[what] = compared(runs[what])
-        print(f"\nSide by side\n\n{scores.to_string(float_format='{:.4f}'.format)}\n\n"
-              f"{times.to_string(formatters=[*['{:.2f} ms'.format]*2, '{:.2f}x'.format])}   (medians)")
-    draw(runs, chart)
-    print("\nThe model of the table is many small tensors and little arithmetic: there the optimizer takes much of\n"
-          "the time. In a convolutional network forward and backward take most of it, and a faster optimizer gains\n"
-          "little, unless weights are many and batches small. Where losses of the images differ in the third digit:\n"
-          "fastai's own Adam does so after a change of 1e-7 in the weights, since training magnifies rounding.")
-    print(f"\nDifference of the losses: {Path(chart).resolve()}")
-    return results
+    "Train on handwritten digits with fastai's Adam and with adam_jit, from the same seed, and compare"
+    names = [*CASES] if cases == 'all' else [c.strip() for c in cases.split(';')]
+    print(f"scikit-learn's handwritten digits, on a CPU with {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, fastai {fastai.__version__}", flush=True)
+    lines,drift = measure(names, rounds, partial(print, flush=True))
+    table,far = compared(lines),apart(drift)
+    for c in names:
+        first = lines[(lines.case == c) & (lines['round'] == 1)].set_index('contestant').first_ms
+        shown = table.loc[c].loc[[*TIMES]].rename(index={n: f"{TIMES[n]}, {n.split('_')[1]}" for n in TIMES})
+        shown = shown.rename_axis(None).to_string(formatters=[*['{:.3g}'.format]*2, '{:.2f}x'.format])
+        print(f"\n=== {CASES[c].what}\n{shown}\n"
+              f"first step of the first fit, ms: {first['Adam']:.0f} with Adam, {first['adam_jit']:.0f} with adam_jit\n"
+              f"losses of the last 30 batches: {far.adam_jit[c]:.1e} from fastai's Adam; "
+              f"its own, from weights moved by 1e-7, {far.moved[c]:.1e}")
+    draw(chart, 13, 4.6, (draw_speeds,table), (draw_drift,drift))
+    print("\nA training step is faster by what the optimizer step saves; a whole fit also loads data and validates.\n"
+          "With large batches forward and backward take nearly all of the time: there a faster optimizer does not pay.\n"
+          "Losses drift apart as those of fastai's own Adam do after a change in the last digit.\n\n"
+          f"Chart: {Path(chart).resolve()}")
+    if out: store(out, lines, drift)
+    return table,far
