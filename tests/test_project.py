@@ -23,6 +23,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastxtend_jit import selfcheck
 from fastxtend_jit.all import JitOptimizer,adam_jit_step,sgd_jit,sgd_jit_step
+from fastxtend_jit.cold import digits
 from fastxtend_jit.report import Report
 from tests import engine
 from tests.tools.readme import readme,root
@@ -66,9 +67,8 @@ def test_readme(): assert (root/'README.md').read_text() == readme(), "run `make
 
 def test_front_page_runs(tmp_path, monkeypatch):
     "README's code runs as it stands, on small data in place of the reader's"
-    from tests.tools.demo import table
     monkeypatch.chdir(tmp_path)
-    scope = {'dls': table(64)[0]}
+    scope = {'dls': digits(fastxtend_jit.adam.adam_jit).dls}
     blocks = re.findall(r'^```python\n(.*?)^```', (root/'README.md').read_text(), re.M|re.S)
     assert len(blocks) >= 2
     for block in blocks: exec(block, scope)

@@ -1,4 +1,6 @@
-"`make demo`: whole fits with fastai's Adam and with adam_jit, where that pays and where it does not, and a control"
+"""`make demo`: whole fits with fastai's Adam and with adam_jit, where that pays and where it does not, and a control
+
+`python -m tests.tools.demo --rounds 7 --out nbs/performance/fits` writes the figures and charts of the front page"""
 import json,random,warnings
 from pathlib import Path
 from typing import Callable,NamedTuple
@@ -37,9 +39,9 @@ class Case(NamedTuple):
 
 CASES = {
     'table':      Case('tabular model, 64 rows', digits, 6),
-    'images, 4':  Case('xresnet18, 4 images', partial(images, bs=4, batches=40), 1),
-    'images, 16': Case('xresnet18, 16 images', partial(images, bs=16, batches=20), 1),
-    'images, 64': Case('xresnet18, 64 images', partial(images, bs=64, batches=10), 1)}
+    'images, 4':  Case('xresnet18, 4 images', partial(images, bs=4, batches=32), 1),
+    'images, 16': Case('xresnet18, 16 images', partial(images, bs=16, batches=16), 1),
+    'images, 64': Case('xresnet18, 64 images', partial(images, bs=64, batches=8), 1)}
 
 class StepTimer(Callback):
     "Milliseconds that each optimizer step takes, and each training step; the losses"
@@ -134,6 +136,7 @@ def store(folder, lines, drift):
     lines.to_csv(folder/'fits.csv', index=False, float_format='%.6g')
     drift.to_csv(folder/'drift.csv', index=False, float_format='%.3g')
     (folder/'machine.json').write_text(json.dumps(machine(), indent=1)+'\n')
+    digits(adam_jit).compare_opt(steps=100, show=False).to_csv(folder/'compare_opt.csv', float_format='%.3g')
     speeds = (draw_speeds, compared(lines))
     draw(folder/'fits.png', 8.5, 4.2, speeds)
     draw(folder/'fits_narrow.png', 4, 4.8, speeds)
@@ -162,7 +165,7 @@ def main(
               f"its own, from weights moved by 1e-7, {far.moved[c]:.1e}")
     draw(chart, 13, 4.6, (draw_speeds,table), (draw_drift,drift))
     print("\nA training step is faster by what the optimizer step saves; a whole fit also loads data and validates.\n"
-          "With large batches forward and backward take nearly all of the time: there a faster optimizer does not pay.\n"
+          "With large batches forward and backward take nearly all of the time: a faster step gains little there.\n"
           "Losses drift apart as those of fastai's own Adam do after a change in the last digit.\n\n"
           f"Chart: {Path(chart).resolve()}")
     if out: store(out, lines, drift)
