@@ -151,6 +151,24 @@ def test_renders(nb):
 def test_links(name): assert not broken(root/name)
 
 @pages
+def test_imports_stand_alone(nb):
+    "nbdev runs cells with imports for the site: what else they show would be made anew, of names that are not there"
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type != 'code' or c.source.startswith('%') or re.search(r'^#\| *(export|hide|eval: false)', c.source): continue
+        imports = [isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body]
+        assert not any(imports) or all(imports) or not c.outputs, c.source
+
+@pages
+def test_folds(nb):
+    "What is folded, as evidence is on the pages of optimizers, ends before the next heading of its level"
+    text = '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
+    folded = False
+    for tag in re.findall('^(<details>|</details>|## )', text, re.M):
+        assert (tag == '</details>') == folded, tag
+        folded = tag == '<details>'
+    assert not folded
+
+@pages
 @pytest.mark.slow
 def test_documentation(nb, tmp_path, monkeypatch):
     """nbdev can prepare the page for the documentation site: all but quarto
