@@ -8,7 +8,7 @@ Docs: https://fastxtend.github.io/fastxtend_jit/parity.html.md"""
 __all__ = ['WholeTable', 'compare_steps', 'compare_forms', 'plot_steps', 'step_cost', 'arguments']
 
 # %% ../nbs/09_parity.ipynb #63590bf6
-import inspect,math
+import inspect,math,re
 from functools import partial
 from typing import Callable
 
@@ -25,6 +25,10 @@ class WholeTable(pd.DataFrame):
     "A `DataFrame` that shows itself whole, however narrow the terminal, with three digits of each number"
     def _repr_html_(self): return self.to_html(float_format='{:.3g}'.format, na_rep='')
     def __repr__(self): return self.to_string(float_format='{:.3g}'.format, na_rep='')
+
+class _Words(WholeTable):
+    "One of words, which start at the left"
+    def _repr_html_(self): return re.sub('<t([hd])>', r'<t\1 style="text-align: left;">', self.to_html())
 
 # %% ../nbs/09_parity.ipynb #2dcf55dc
 _shapes = (3,),(64,64),(30,7,3,3),()
@@ -125,4 +129,4 @@ def arguments(
     meaning,params = docments(f),inspect.signature(f).parameters
     default = lambda p: '' if p.default is p.empty else repr(p.default)
     rows = {n: {'default':default(p), 'meaning':meaning[n]} for n,p in params.items()}
-    return WholeTable(pd.DataFrame(rows).T.rename_axis(f.__name__))
+    return _Words(pd.DataFrame(rows).T)

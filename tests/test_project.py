@@ -10,12 +10,14 @@ import torch
 
 pytest.importorskip('nbdev', reason='notebooks need nbdev')
 import nbformat,yaml
+from fastcore.nbio import mk_cell,new_nb,read_nb
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export,nbglob
-from nbdev.processors import FilterDefaults
+from nbdev.process import NBProcessor
+from nbdev.processors import FilterDefaults,add_links
 from nbdev.serve_drv import exec_nb
 
 import fastxtend_jit
@@ -106,15 +108,19 @@ def test_pages_show_a_card(tmp_path, monkeypatch):
         assert text in '\n'.join(shown)
 
 class Page(HTMLParser):
-    "Links, images and anchors of a page"
+    "Links, images and anchors of a page, and what is meant as a link and shown as text"
     def __init__(self, html):
         super().__init__()
-        self.links,self.ids = [],set()
+        self.links,self.ids,self.shown,self.code = [],set(),[],0
         self.feed(html)
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         if tag in ('a','img') and (link := attrs.get('href', attrs.get('src'))): self.links.append(link)
         if 'id' in attrs: self.ids.add(attrs['id'].lower())
+        self.code += tag in ('pre','code')
+    def handle_endtag(self, tag): self.code -= tag in ('pre','code')
+    def handle_data(self, data):
+        if '](' in data and not self.code: self.shown.append(data)
 
 @cache
 def render(path):
@@ -145,6 +151,24 @@ def test_renders(nb):
 def test_links(name): assert not broken(root/name)
 
 @pages
+def test_imports_stand_alone(nb):
+    "nbdev runs cells with imports for the site: what else they show would be made anew, of names that are not there"
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type != 'code' or c.source.startswith('%') or re.search(r'^#\| *(export|hide|eval: false)', c.source): continue
+        imports = [isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body]
+        assert not any(imports) or all(imports) or not c.outputs, c.source
+
+@pages
+def test_folds(nb):
+    "What is folded, as evidence is on the pages of optimizers, ends before the next heading of its level"
+    text = '\n'.join(c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'markdown')
+    folded = False
+    for tag in re.findall('^(<details>|</details>|## )', text, re.M):
+        assert (tag == '</details>') == folded, tag
+        folded = tag == '<details>'
+    assert not folded
+
+@pages
 @pytest.mark.slow
 def test_documentation(nb, tmp_path, monkeypatch):
     """nbdev can prepare the page for the documentation site: all but quarto
@@ -154,7 +178,29 @@ def test_documentation(nb, tmp_path, monkeypatch):
         for n,f in [*vars(cls).items()]:
             if str(getattr(f, '__module__', '')).startswith('fastxtend_jit'): monkeypatch.setattr(cls, n, f)
     exec_nb(nb, tmp_path/nb.name, FilterDefaults)
-    assert (tmp_path/nb.name).exists()
+    assert not prose(read_nb(tmp_path/nb.name)).shown, NO_LINK_IN_A_LINK
+
+NO_LINK_IN_A_LINK = "nbdev links names in backticks, also inside of a link: write [` name `](page.ipynb), with spaces"
+
+def prose(nb):
+    "What a notebook says in Markdown, in its outputs too"
+    outputs = [o.get('data', {}).get('text/markdown', '') for c in nb.cells for o in c.get('outputs', [])]
+    text = [c.source for c in nb.cells if c.cell_type == 'markdown'] + [''.join(o) for o in outputs]
+    return Page(markdown2html('\n\n'.join(text)))
+
+def linked(nb):
+    "The same with the links that nbdev adds on the site"
+    NBProcessor(nb=nb, procs=[add_links]).process()
+    return prose(nb)
+
+@pages
+def test_no_link_in_a_link(nb): assert not linked(read_nb(nb)).shown, NO_LINK_IN_A_LINK
+
+def test_links_in_links_are_found():
+    def page(s): return linked(new_nb([mk_cell(s, 'markdown')]))
+    assert page('[`adam_jit`](a.ipynb)').shown == ['](a.ipynb)']
+    for s in ('`adam_jit`','[` adam_jit `](a.ipynb)','[x](y)','`[x](y)`'): assert not page(s).shown
+    assert page('`adam_jit`').links and page('[` adam_jit `](a.ipynb)').links == ['a.ipynb']
 
 def test_broken_links_are_found(tmp_path):
     (tmp_path/'a.md').write_text('# A\n[x](b.md) [y](#b) [z](a.md#c) ![p](p.png) [ok](a.md) [out](https://fast.ai)')
