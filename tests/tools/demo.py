@@ -135,7 +135,7 @@ def store(folder, lines, drift):
     folder.mkdir(parents=True, exist_ok=True)
     lines.to_csv(folder/'fits.csv', index=False, float_format='%.6g')
     drift.to_csv(folder/'drift.csv', index=False, float_format='%.3g')
-    (folder/'machine.json').write_text(json.dumps(machine(), indent=1)+'\n')
+    (folder/'machine.json').write_text(json.dumps({**machine(), 'device':'cpu', 'channels_last':False}, indent=1)+'\n')
     digits(adam_jit).compare_opt(steps=100, show=False).to_csv(folder/'compare_opt.csv', float_format='%.3g')
     speeds = (draw_speeds, compared(lines))
     draw(folder/'fits.png', 8.5, 4.2, speeds)

@@ -23,7 +23,7 @@ def readme():
     md,res = MarkdownExporter().from_notebook_node(nb)
     if res['outputs']:
         raise ValueError('Pictures of the front page have to be files, so that README.md can show them too')
-    md = re.sub(r'(\]\(|(?:src|href)=")(?!\w+:|#)', r'\1nbs/', md)  # links lead from the folder of the notebook
+    md = re.sub(r'(\]\(|(?:src|srcset|href)=")(?!\w+:|#)', r'\1nbs/', md)  # links lead from the folder of the notebook
     return re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
 
 if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf8')
