@@ -179,6 +179,7 @@ def test_documentation(nb, tmp_path, monkeypatch):
             if str(getattr(f, '__module__', '')).startswith('fastxtend_jit'): monkeypatch.setattr(cls, n, f)
     exec_nb(nb, tmp_path/nb.name, FilterDefaults)
     assert not prose(read_nb(tmp_path/nb.name)).shown, NO_LINK_IN_A_LINK
+    assert '__main__.' not in (tmp_path/nb.name).read_text(), "signatures name the module"
 
 NO_LINK_IN_A_LINK = "nbdev links names in backticks, also inside of a link: write [` name `](page.ipynb), with spaces"
 
