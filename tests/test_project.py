@@ -158,6 +158,20 @@ def test_imports_stand_alone(nb):
         imports = [isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body]
         assert not any(imports) or all(imports) or not c.outputs, c.source
 
+LATER = 'index','06_plan','18_muon','30_bench','00_step','01_fragments','02_memory','03_validate','04_calls','05_trial', \
+        '07_optimizer','08_lookahead','09_parity','30_cold','30_report','32_launches'
+
+@pages
+def test_code_fits(nb):
+    "No line of code that a page shows has more than 100 characters"
+    if nb.stem in LATER: pytest.skip('has longer ones still')
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type == 'code':
+            if re.search(r'^#\| *(export|hide|default_exp|echo: *false)', c.source, re.M): continue
+            code = c.source
+        else: code = ''.join(re.findall(r'^```.*?\n(.*?)^```', c.source, re.M|re.S))
+        assert not [l for l in code.splitlines() if len(l) > 100]
+
 @pages
 def test_folds(nb):
     "What is folded, as evidence is on the pages of optimizers, ends before the next heading of its level"
@@ -179,6 +193,7 @@ def test_documentation(nb, tmp_path, monkeypatch):
             if str(getattr(f, '__module__', '')).startswith('fastxtend_jit'): monkeypatch.setattr(cls, n, f)
     exec_nb(nb, tmp_path/nb.name, FilterDefaults)
     assert not prose(read_nb(tmp_path/nb.name)).shown, NO_LINK_IN_A_LINK
+    if nb.stem in ('07_optimizer','08_lookahead','classes'): assert '__main__.' not in (tmp_path/nb.name).read_text()
 
 NO_LINK_IN_A_LINK = "nbdev links names in backticks, also inside of a link: write [` name `](page.ipynb), with spaces"
 
