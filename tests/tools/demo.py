@@ -105,7 +105,8 @@ def draw_speeds(ax, table):
         bars = ax.barh(y+(i-1)*0.27, table[n], 0.25, color=color, label=TIMES[n])
         ax.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
     ax.axvline(1, color='black', lw=1)
-    ax.set(title='adam_jit: times as fast as fastai’s Adam', yticks=y, xlim=(0,1.15*table.max().max()),
+    ax.set_title('adam_jit: times as fast as fastai’s Adam', loc='right', fontsize=11)
+    ax.set(yticks=y, xlim=(0,1.15*table.max().max()),
            yticklabels=[CASES[c].what.replace(', ', ',\n') for c in table.index])
     ax.invert_yaxis()
     ax.spines[['top','right']].set_visible(False)
@@ -126,7 +127,8 @@ def draw(path, width, height, *panels):
     fig = Figure(figsize=(width,height), layout='constrained')
     for ax,(f,table) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels): f(ax, table)
     handles,labels = fig.axes[0].get_legend_handles_labels()
-    if panels[0][0] is draw_speeds: fig.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
+    if panels[0][0] is draw_speeds: fig.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False,
+                                                  handlelength=1.3, columnspacing=1.3)
     fig.savefig(path, dpi=110)
 
 def store(folder, lines, drift):
