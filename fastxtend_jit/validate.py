@@ -193,7 +193,7 @@ def check_params_disjoint(
     "Raise if a parameter is given twice, or two parameters share memory"
     seen = set()
     for p,name in zip(params, names):
-        if id(p) in seen: raise ValueError(f"{name} stands in the parameter groups twice: it would take two steps "
+        if id(p) in seen: raise ValueError(f"{name} is listed in two groups: it would take two steps "
                                            "at once. Give it to one group only.")
         seen.add(id(p))
     if pair := overlapping([*map(to_local, params)]):
