@@ -108,7 +108,8 @@ def _position(p, rest): return int(bool(why_adam(p, rest)))  # of its step: 0 fo
 def _given_rest(rest, params):
     "`rest` as a list; raises if it cannot be of these parameters"
     if rest is None:
-        ends,matrices = _ends([p for p in params if p.dim() > 1]),[p for p in params if not why_adam(p)]
+        layers = [p for p in params if p.dim() == 2 or p.dim() > 2 and p.size(0) > 1]  # tokens and positions are (1, …)
+        ends,matrices = _ends(layers),[p for p in params if not why_adam(p)]
         if matrices and all(why_adam(p, ends) for p in matrices):
             warnings.warn("No parameter takes Muon's step: the first and the last matrix take Adam's, and there is no "
                           "other. Pass `rest=[]` if they should take Muon's.", stacklevel=4)

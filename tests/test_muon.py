@@ -180,6 +180,14 @@ def test_first_and_last_take_adam():
     assert takes(stepped(muon_jit(m.parameters(), 0.01, rest=m[4].weight), m), m) == [
         '0.weight','3.weight','5.weight','6.weight']
 
+@pytest.mark.parametrize('first,last', [
+    ([(1,1,9),(1,7,9),(9,5)], [(1,9)]), ([(9,1)], [(4,9),(4,)]), ([(9,3,2,2)], [(9,9,1,1)])], ids=str)
+def test_ends_by_order(first, last):
+    "Tokens and positions are no first layer; a single column is one, and a single row is a last one"
+    ps = [nn.Parameter(torch.randn(s)) for s in [*first,(9,9),(9,),(8,9),*last]]
+    m = nn.ParameterList(ps)
+    assert takes(stepped(muon_jit(m.parameters(), 0.01), m), m) == [str(len(first)),str(len(first)+2)]
+
 class Tied(nn.Module):
     "A table of positions, an embedding that is also the head, and a head that is defined first"
     def __init__(self):
@@ -197,6 +205,7 @@ def test_muon_rest():
     tables = [f'embeds.{i}.weight' for i in range(3)]
     assert names(TabularModel([(10,5)]*3, 4, 2, [20,10])) == [*tables,'layers.2.0.weight']
     assert muon_rest(nn.BatchNorm1d(3)) == []
+    assert names(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 1))) == ['0.weight']
     m = Tied()
     assert takes(stepped(muon_jit(m.parameters(), 0.01, rest=muon_rest(m)), m), m) == [
         'att.in_proj_weight','att.out_proj.weight','mlp.weight']
