@@ -67,13 +67,14 @@ def muon_jit_step(
     grads = weight_decay(params, grads, lr, wd if do_wd else 0., decouple_wd)
     torch._foreach_lerp_(grad_avg, grads, 1-mom)
 
-    # a matrix of each, (out, in·k·k) of a convolution, in the order of the shape, however elements lie in memory
+    # a matrix of each, (out, in·k·k) of a convolution, in the order of the shape, however elements lie in memory.
+    # CUDA stacks up to four dimensions in one launch
     rows = params[0].size(0) if params[0].dim() > 0 else 1
-    x = torch.stack(grads if nesterov else grad_avg).reshape(len(params), rows, -1)
+    x = torch.stack([g.reshape(rows, -1) for g in (grads if nesterov else grad_avg)])
     update = [u.view(params[0].size()) for u in x.unbind()]
     if nesterov: torch._foreach_lerp_(update, grad_avg, mom)
-    size = x.size(1)*x.size(2)
-    for piece in x.split(max(1, (1<<24)//size)): piece.copy_(_orthogonal(piece, dtype))
+    most = 1<<20 if x.is_cpu else 1<<24  # elements: a CPU's cache holds as many, a GPU wants large products
+    for piece in x.split(max(1, most//(x.size(1)*x.size(2)))): piece.copy_(_orthogonal(piece, dtype))
 
     by = 0.2*math.sqrt(max(rows, x.size(2))) if match_rms else math.sqrt(max(1., rows/x.size(2)))
     torch._foreach_add_(params, update, alpha=-lr*by)
@@ -135,6 +136,7 @@ def muon_jit(
     nesterov:bool=True, # Look ahead along the average, by Nesterov's momentum?
     wd:float=0., # Optional weight decay (true or L2)
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization
+    *,
     adjust:str='match_rms_adamw', # Steps as large as Adam's; or 'original': by the ratio of rows to columns
     dtype:torch.dtype=None, # Of the iterations; `None` for float32 on a CPU, bfloat16 elsewhere, float64 for float64
     rest:list=None, # Matrices that take Adam's step, as by `muon_rest(model)`; `None` for the first and the last one
