@@ -15,6 +15,7 @@ from typing import List
 
 import torch
 from torch import Tensor,nn
+from torch.nn.parameter import is_lazy
 from fastcore.foundation import L
 
 from .adam import adam_jit_step
@@ -86,7 +87,7 @@ def why_adam(
 ) -> str:
     "Why `p` takes Adam's step, empty if it takes Muon's"
     if any(p is q for q in rest): return 'in `rest`'
-    if p.dim() < 2 or p.numel() == 0: return 'no matrix'
+    if is_lazy(p) or p.dim() < 2 or p.numel() == 0: return 'no matrix'
     if p.numel() in (p.size(0), p.numel()//p.size(0)): return 'a single row or column'
     return 'a depthwise convolution' if p.dim() > 2 and p.size(1) == 1 else ''
 
@@ -109,6 +110,9 @@ def _position(p, rest): return int(bool(why_adam(p, rest)))  # of its step: 0 fo
 def _given_rest(rest, params):
     "`rest` as a list; raises if it cannot be of these parameters"
     if rest is None:
+        if any(map(is_lazy, params)):
+            raise ValueError("Which matrices are the first and the last cannot be told while some have no shape yet: "
+                             "pass a batch through the model first, or pass `rest`.")
         layers = [p for p in params if p.dim() == 2 or p.dim() > 2 and p.size(0) > 1]  # tokens and positions are (1, …)
         ends,matrices = _ends(layers),[p for p in params if not why_adam(p)]
         if matrices and all(why_adam(p, ends) for p in matrices):

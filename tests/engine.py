@@ -141,9 +141,9 @@ def run_instead(monkeypatch, step, fn):
     "`fn` runs where the compiled `step` would"
     monkeypatch.setitem(vars(step), 'compiled', fn)
 
-def run_uncompiled(monkeypatch, step):
-    "The plain function runs, as where TorchScript cannot compile"
-    run_instead(monkeypatch, step, step.fn)
+def run_uncompiled(monkeypatch, *steps):
+    "The plain functions run, as where TorchScript cannot compile"
+    for s in steps: run_instead(monkeypatch, s, s.fn)
 
 def forget_compiled():
     "Steps over batches are compiled anew"

@@ -75,9 +75,11 @@ def muon(params, lr, mom=0.95, nesterov=True, wd=0., decouple_wd=True, adjust='m
          sqr_mom=0.99, eps=1e-5):
     "Muon for matrices but for the first and the last one, or for `rest`; Adam for all others"
     params = L(params)
-    is_matrix = lambda p: p.dim() > 1 and min(p.shape[0], p[0].numel()) > 1 and not (p.dim() > 2 and p.shape[1] == 1)
-    matrices = [p for p in (L(params).concat() if isinstance(params[0], (list,L)) else params) if is_matrix(p)]
-    rest = [*matrices[:1],*matrices[-1:]] if rest is None else rest
+    is_layer = lambda p: p.dim() > 1 and (p.dim() == 2 or p.shape[0] > 1)
+    is_matrix = lambda p: p.numel() and min(p.shape[0], p[0].numel()) > 1 and not (p.dim() > 2 and p.shape[1] == 1)
+    layers = [p for p in (L(params).concat() if isinstance(params[0], (list,L)) else params) if is_layer(p)]
+    matrices = [p for p in layers if is_matrix(p)]
+    rest = [*layers[:1],*layers[-1:]] if rest is None else rest
     def update(p, **kwargs):
         takes_adam = not any(p is q for q in matrices) or any(p is q for q in rest)
         return _adam(p, **kwargs) if takes_adam else _muon(p, nesterov=nesterov, adjust=adjust, **kwargs)

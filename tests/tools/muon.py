@@ -1,7 +1,7 @@
 """Does Muon train? Handwritten digits from scratch by a small ViT and a small ResNet, beside Adam, over five seeds
 
 `python -m tests.tools.muon nbs/performance` writes muon.csv, the validation loss after every tenth step. For each model
-and optimizer, the learning rate is the best of six over two other seeds. It takes about twenty minutes"""
+and optimizer, the learning rate is the best of six over two other seeds. It takes about half an hour"""
 import sys
 from functools import partial
 from pathlib import Path
