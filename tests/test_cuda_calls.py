@@ -20,8 +20,10 @@ def fake_cuda(request):
     "A GPU that is not there, with or without fused kernels"
     with pytorch(fused=request.param == 'fused'),FakeTensorMode(): yield
 
+# Without those that give the first and the last matrix another step
+WIDE  = [c for c in CASES if c.jit is not muon_jit or 'rest' in c.kw]
 paths = pytest.mark.parametrize('fake_cuda', ['fused','foreach'], indirect=True)
-both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in ALL)],
+both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in WIDE), *((c,'foreach') for c in ALL)],
                                 ids=str, indirect=['fake_cuda'])
 fused = pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
 
@@ -43,7 +45,8 @@ def test_calls(case, fake_cuda):
     "No step waits, and none has more calls for more tensors: RAdam in both phases, Ranger with lookaheads"
     few,many = [count(case.make(with_grads([(4,3)]*n), True), 8)[1:] for n in (2,5)]  # the first step allocates
     assert not any(w for _,w in few+many)
-    for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= 25 + 2*per_tensor(case)
+    most = 25 + 2*per_tensor(case) + 15*(case.jit is muon_jit)  # three products in each of five iterations
+    for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= most
     if case.jit in (radam_jit,ranger_jit): assert len({*few}) > 1  # it went through its phases
 
 @every

@@ -94,7 +94,7 @@ def test_averages_that_cannot_be_debiased(case):
         opt.step()
         opt.set_hyper(name, -1.)  # 1 - (-1)**2
         refused(opt, Exception, 'must not be 1')
-    opt = trained(case, 1)
+    opt = trained(case, 1, shapes=((3,4),(2,2),(5,)))
     for n in (-1,2**63):
         opt.state[opt.param_lists[1][0]]['step'] = n
         refused(opt, TypeError, '`step`', 'parameter 0 of group 1', str(n))

@@ -30,7 +30,9 @@ class ViT(nn.Module):
         self.norm,self.head = nn.LayerNorm(dim),nn.Linear(dim, 10)
         for p in self.blocks.parameters():
             if p.dim() > 1: nn.init.xavier_uniform_(p)  # or all layers would start as copies of one
-    def forward(self, x): return self.head(self.norm(self.blocks(self.patches(x).flatten(2).mT + self.positions)).mean(1))
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT + self.positions
+        return self.head(self.norm(self.blocks(x)).mean(1))
 
 def resnet(width=32):
     blocks = [ResBlock(1, width, width, stride=1+(i==1)) for i in range(4)]
