@@ -9,7 +9,6 @@ __all__ = ['muon_jit_step', 'why_adam', 'muon_rest', 'first_and_last', 'muon_jit
 
 # %% ../nbs/18_muon.ipynb #5b9fa7a4
 import math,warnings
-from functools import partial
 from itertools import chain
 from typing import List
 
@@ -74,7 +73,7 @@ def muon_jit_step(
     x = torch.stack([g.reshape(rows, -1) for g in (grads if nesterov else grad_avg)])
     update = [u.view(params[0].size()) for u in x.unbind()]
     if nesterov: torch._foreach_lerp_(update, grad_avg, mom)
-    most = 1<<20 if x.is_cpu else 1<<24  # elements: a CPU's cache holds as many, a GPU wants large products
+    most = 1<<19 if x.is_cpu else 1<<24  # elements: a CPU's cache holds as many, a GPU wants large products
     for piece in x.split(max(1, most//(x.size(1)*x.size(2)))): piece.copy_(_orthogonal(piece, dtype))
 
     by = 0.2*math.sqrt(max(rows, x.size(2))) if match_rms else math.sqrt(max(1., rows/x.size(2)))
@@ -105,7 +104,14 @@ def muon_rest(
 
 def _ends(ps): return ps[:1] + ps[-1:]
 def first_and_last(params): return _ends([p for p in params if p.dim() == 2 or p.dim() > 2 and p.size(0) > 1])
-def _position(p, rest): return int(bool(why_adam(p, rest)))  # of its step: 0 for Muon's, 1 for Adam's
+
+class _Rule:
+    "Position of a parameter's step, 0 for Muon's and 1 for Adam's, and why"
+    def __init__(self, rest, ends): self.rest,self.in_rest = rest,'the first or last matrix' if ends else 'in `rest`'
+    def __call__(self, p): return int(bool(why_adam(p, self.rest)))
+    def why(self, p):
+        why = why_adam(p, self.rest)
+        return self.in_rest if why == 'in `rest`' else why
 
 # %% ../nbs/18_muon.ipynb #b97af1ce
 def _given_rest(rest, params):
@@ -153,7 +159,7 @@ def muon_jit(
         raise ValueError(f"`adjust` has to be 'match_rms_adamw' or 'original', but is {adjust!r}.")
     params = L(params)
     every = chain.from_iterable(params) if params and isinstance(params[0], (L,list)) else params
-    rest = _given_rest(rest, [p for p in every if isinstance(p, Tensor)])
-    return JitOptimizer(params, [muon_jit_step,adam_jit_step], decouple_wd, choose=partial(_position, rest=rest),
+    rule = _Rule(_given_rest(rest, [p for p in every if isinstance(p, Tensor)]), rest is None)
+    return JitOptimizer(params, [muon_jit_step,adam_jit_step], decouple_wd, choose=rule,
                         nesterov=nesterov, match_rms=adjust=='match_rms_adamw', dtype=_number_of(dtype), lr=lr, mom=mom,
                         wd=wd, sqr_mom=sqr_mom, eps=eps)

@@ -1,18 +1,21 @@
 "CUDA without a GPU: on fake tensors, count the ATen calls and launches of a step, and find where the host would wait"
+from functools import partial
 from typing import List
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor,nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode,unset_fake_temporarily
+from torchvision.models import VisionTransformer
+from fastai.vision.models.xresnet import xresnet18,xresnet34,xresnet50,xresnet101
 
 from fastxtend_jit.bench import rows
 from fastxtend_jit.launches import Launches
 from tests import engine
 from tests.cases import *
 from tests.engine import pytorch
-from tests.support import every
+from tests.support import every,params_of
 from tests.tools.launches import cuda_launches,with_grads,xresnet_shapes
 
 @pytest.fixture
@@ -79,14 +82,38 @@ def launches(case, shapes, gen, jit=True, steps=(2,10,12), big=False):
     """Launches of the steps with these numbers; nothing waits
 
     They reach RAdam before and after it rectifies, and Ranger's lookahead"""
-    opt,res = case.make(with_grads(shapes), jit),[]
+    return launches_of(case.make(with_grads(shapes), jit), gen, steps, jit, big)
+
+def launches_of(opt, gen, steps, jit=True, big=False):
+    res = []
     with pytorch(gen):
         for i in range(1, max(steps)+1):
             with Launches(gen, big=big) as l: opt.step()
             if i in steps: res.append(l.total); assert not jit or not l.waits
     return res
 
-@pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw], ids=str)
+def shapes_of(make):
+    with unset_fake_temporarily(),torch.device('meta'): return [p.shape for p in make().parameters()]
+
+def vit_s_16(layers): return VisionTransformer(224, 16, layers, 6, 384, 1536)
+
+@pytest.mark.parametrize('few,many', [(partial(vit_s_16, 6),partial(vit_s_16, 12)), (xresnet18,xresnet34),
+                                      (xresnet50,xresnet101)], ids=['ViT-S/16','xresnet18','xresnet50'])
+@pytest.mark.parametrize('gen', ['old','new'])
+@fused
+def test_launches_of_muon(few, many, gen, fake_cuda):
+    "They grow with the number of shapes: as many matrices again are hardly any more"
+    counts = []
+    for shapes in map(shapes_of, (few,many)):
+        opt = muon_jit(with_grads(shapes), 0.1, wd=0.1)
+        (n,) = launches_of(opt, gen, (2,))
+        matrices = [p.shape for p in params_of(opt) if 'sqr_avg' not in opt.state[p]]
+        counts.append((n, len(matrices), len({*matrices})))
+    (a,few_matrices,kinds),(b,many_matrices,more_kinds) = counts
+    assert kinds == more_kinds and many_matrices >= 1.5*few_matrices and a <= b <= a + 2
+    assert a <= 27*kinds + 6  # and Adam's for the rest
+
+@pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw and c.jit is not muon_jit], ids=str)
 @pytest.mark.parametrize('gen', ['old','new'])
 @fused
 @pytest.mark.slow

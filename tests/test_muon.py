@@ -284,3 +284,23 @@ def test_wrong_arguments():
         muon_jit([torch.zeros(3)], 0.01)  # without matrices, nothing was to be expected
         frozen = ps[0].requires_grad_(False)
         muon_jit(ps[1:], 0.01, rest=[frozen])
+
+def test_explain_says_why():
+    m = net()
+    t = stepped(muon_jit(m.parameters(), 0.01), m).explain()
+    assert t.tensors.sum() == len([*m.parameters()]) and {*t['step']} == {'muon_jit_step','adam_jit_step'}
+    for step,d in t.groupby('step'): assert (d['why this step'] == '').all() == (step == 'muon_jit_step')
+    assert t['why this step'].str.contains('2 the first or last matrix').any()
+    t = stepped(muon_jit(m.parameters(), 0.01, rest=muon_rest(m)), m).explain()
+    assert t['why this step'].str.contains('1 a depthwise convolution').any()
+    assert t['why this step'].str.contains('2 in `rest`').any()
+
+def test_lazy_parameters():
+    "Their shapes are not known: no matter where `rest` is given"
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match='no shape yet.*batch through the model first.*`rest`'):
+        muon_jit(lazy.parameters(), 0.01)
+    opt = muon_jit(lazy.parameters(), 0.01, rest=[])
+    lazy(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    assert takes(opt, lazy) == ['weight']

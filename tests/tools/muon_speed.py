@@ -37,7 +37,8 @@ def steps(params):
     return interleave(fs, 0, least=3)
 
 def training(model, batch):
-    return time_training(model, batch, 0, dict(ours=muon_jit, torch=partial(OptimWrapper, opt=MuonAndAdamW), adam=adam_jit))
+    theirs = partial(OptimWrapper, opt=MuonAndAdamW)
+    return time_training(model, batch, 0, dict(ours=muon_jit, torch=theirs, adam=adam_jit))
 
 if __name__ == '__main__':
     out,threads = Path(sys.argv[1])/'muon_speed.csv',int(sys.argv[2])
@@ -47,8 +48,9 @@ if __name__ == '__main__':
     for name,(make,batch) in MODELS.items():
         torch.manual_seed(0)
         model = make()
-        for what,f in dict(step=lambda: steps([*model.parameters()]), training=lambda: training(model, batch())).items():
-            ms = {f'{n}_ms':round(t.median, 2) for n,t in f().items()}
+        for what in ('step','training'):
+            times = steps([*model.parameters()]) if what == 'step' else training(model, batch())
+            ms = {f'{n}_ms':round(t.median, 2) for n,t in times.items()}
             res.append(dict(model=name, threads=threads, what=what, **ms))
             print(res[-1], flush=True)
             pd.concat([old[old.threads != threads], pd.DataFrame(res)]).to_csv(out, index=False)
