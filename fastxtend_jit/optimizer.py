@@ -88,6 +88,7 @@ class JitOptimizer(Optimizer):
         warn_of_hypers(_names(steps), self.hypers)
         self._set_consts({'decouple_wd':False, **_defaults(steps), **consts}, decouple_wd)
         self._takes([*chain.from_iterable(self.param_lists)])
+        self._taken = None  # it was a check; parameters of lazy modules get their shape before the first step
         for step,states in zip(steps, self._states): self._try(step, states)
 
     def _try(self, step, states):
