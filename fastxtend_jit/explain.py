@@ -67,12 +67,17 @@ def _ranges(ns):
     ends = [n for n in ns if n+1 not in ns]
     return ', '.join(str(a) if a == b else f'{a}-{b}' for a,b in zip(starts, ends))
 
+def _whose(choose, params):
+    "Why `params` take their step, if `choose` can tell, as a function `why`: how many for each reason"
+    if not hasattr(choose, 'why'): return {}
+    return {'why this step': ', '.join(f'{n} {why}' for why,n in Counter(map(choose.why, params)).items() if why)}
+
 def _row(opt, bucket, form, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
     r = _rehearse(bucket.run, key.device, form, grads, scalars)
     wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.
-    step = {'step':bucket.step.__name__} if len(opt.steps) > 1 else {}
+    step = {'step':bucket.step.__name__, **_whose(opt.choose, ps)} if len(opt.steps) > 1 else {}
     return {**step, 'group': _ranges(bucket.groups), 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device),
             'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': len(bucket.lists(form, grads)[0]),
             'path': _path(r.calls),

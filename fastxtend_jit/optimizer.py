@@ -19,6 +19,7 @@ from typing import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from fastcore.basics import patch
 from fastcore.foundation import L
 
@@ -87,7 +88,9 @@ class JitOptimizer(Optimizer):
         self.set_hypers(**hypers)
         warn_of_hypers(_names(steps), self.hypers)
         self._set_consts({'decouple_wd':False, **_defaults(steps), **consts}, decouple_wd)
-        self._takes([*chain.from_iterable(self.param_lists)])
+        params = [*chain.from_iterable(self.param_lists)]
+        self._takes(params)
+        if any(map(is_lazy, params)): self._taken = None  # they get their shape before the first step
         for step,states in zip(steps, self._states): self._try(step, states)
 
     def _try(self, step, states):

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastxtend_jit.all import *
 from fastai.optimizer import SGD,RMSProp,Adam,RAdam,QHAdam,Larc,Lamb,Lookahead,ranger
-from tests.references import adan,lion,stableadam
+from tests.references import adan,lion,muon,stableadam
 
 @dataclass
 class Case:
@@ -18,7 +18,10 @@ class Case:
     def __str__(self): return '-'.join([self.jit.__name__, *(f'{k}={v}' for k,v in self.kw.items())])
     def make(self, params, jit, **kw): return (self.jit if jit else self.native)(params, **{'lr':0.01, **self.kw, **kw})
     @property
-    def step(self): return self.make([torch.zeros(1)], True).opt_step
+    def steps(self): return self.make([torch.zeros(1)], True).steps
+    @property
+    def step(self): return self.steps[0]
+    def takes(self, arg): return any(arg in s.args for s in self.steps)
 
 @dataclass(frozen=True)
 class Ahead:
@@ -30,7 +33,7 @@ class Ahead:
 
 PAIRS = [(SGD,sgd_jit), (RMSProp,rmsprop_jit), (Adam,adam_jit), (RAdam,radam_jit), (QHAdam,qhadam_jit),
          (Larc,larc_jit), (Lamb,lamb_jit), (ranger,ranger_jit)]
-OTHERS = [(lion,lion_jit), (adan,adan_jit), (stableadam,stableadam_jit)]  # of which fastai has none
+OTHERS = [(lion,lion_jit), (adan,adan_jit), (stableadam,stableadam_jit), (muon,muon_jit)]  # of which fastai has none
 VARIANTS = {
     sgd_jit:     [dict(mom=m) for m in (0.,0.9)],
     rmsprop_jit: [dict(mom=m) for m in (0.,0.9)],
@@ -43,6 +46,7 @@ VARIANTS = {
     lion_jit:    [{}, dict(avg_mom=0.5)],
     adan_jit:    [{}],
     stableadam_jit: [{}],
+    muon_jit:    [dict(rest=[]), {}, dict(rest=[], nesterov=False, adjust='original')],
 }
 def _cases(pairs):
     return [Case(n, j, {**kw, 'wd':0.01, 'decouple_wd':d}) for n,j in pairs for kw in VARIANTS[j] for d in (True,False)]
@@ -50,7 +54,7 @@ NATIVE = _cases(PAIRS)  # all forms that fastai has
 CASES  = NATIVE + _cases(OTHERS)
 # One of each, in the form that has most state
 EIGHT  = [Case(n, j, dict(wd=0.01, **({'mom':0.9} if j in (sgd_jit,rmsprop_jit) else {}))) for n,j in PAIRS]
-ALL    = EIGHT + [Case(n, j, dict(wd=0.01)) for n,j in OTHERS]
+ALL    = EIGHT + [Case(n, j, {**VARIANTS[j][0], 'wd':0.01}) for n,j in OTHERS]
 FIRST  = [*{c.jit:c for c in CASES[::-1]}.values()]  # one of each, in the first of its forms
 AHEAD  = [Case(Ahead(Lookahead, c.native), Ahead(JitLookahead, c.jit), {**c.kw, 'k':3})
           for c in ALL if c.jit is not ranger_jit]

@@ -33,6 +33,11 @@ def drop_plan(opt):
     "The next step looks at everything anew"
     opt._roster = None
 
+def states_of(opt):
+    "Each parameter with the names of the state that its step asks for"
+    ps = [p for pg in opt.param_lists for p in pg]
+    return [(p,t.states) for p,t in zip(ps, opt._takes(ps))]
+
 def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"
     x = opt._inputs()._replace(params=params, grads=grads, takes=opt._takes(params))
@@ -141,9 +146,9 @@ def run_instead(monkeypatch, step, fn):
     "`fn` runs where the compiled `step` would"
     monkeypatch.setitem(vars(step), 'compiled', fn)
 
-def run_uncompiled(monkeypatch, step):
-    "The plain function runs, as where TorchScript cannot compile"
-    run_instead(monkeypatch, step, step.fn)
+def run_uncompiled(monkeypatch, *steps):
+    "The plain functions run, as where TorchScript cannot compile"
+    for s in steps: run_instead(monkeypatch, s, s.fn)
 
 def forget_compiled():
     "Steps over batches are compiled anew"

@@ -71,15 +71,20 @@ def _muon(p, lr, mom, nesterov, adjust, grad_avg=None, **_):
     p.data.add_(x.to(p.dtype).reshape(p.shape), alpha=-lr*by)
     return dict(grad_avg=m)
 
+def _is_layer(p): return p.dim() > 1 and (p.dim() == 2 or p.shape[0] > 1)
+def _is_matrix(p):
+    return p.dim() > 1 and p.numel() and min(p.shape[0], p[0].numel()) > 1 and not (p.dim() > 2 and p.shape[1] == 1)
+
+def _muon_or_adam(p, rest, nesterov, adjust, **kwargs):
+    if not _is_matrix(p) or any(p is q for q in rest): return _adam(p, **kwargs)
+    return _muon(p, nesterov=nesterov, adjust=adjust, **kwargs)
+
 def muon(params, lr, mom=0.95, nesterov=True, wd=0., decouple_wd=True, adjust='match_rms_adamw', rest=None,
          sqr_mom=0.99, eps=1e-5):
     "Muon for matrices but for the first and the last one, or for `rest`; Adam for all others"
     params = L(params)
-    is_matrix = lambda p: p.dim() > 1 and min(p.shape[0], p[0].numel()) > 1 and not (p.dim() > 2 and p.shape[1] == 1)
-    matrices = [p for p in (L(params).concat() if isinstance(params[0], (list,L)) else params) if is_matrix(p)]
-    rest = [*matrices[:1],*matrices[-1:]] if rest is None else rest
-    def update(p, **kwargs):
-        takes_adam = not any(p is q for q in matrices) or any(p is q for q in rest)
-        return _adam(p, **kwargs) if takes_adam else _muon(p, nesterov=nesterov, adjust=adjust, **kwargs)
+    layers = [p for p in (params.concat() if isinstance(params[0], (list,L)) else params) if _is_layer(p)]
+    rest = [*layers[:1],*layers[-1:]] if rest is None else rest
+    update = partial(_muon_or_adam, rest=rest, nesterov=nesterov, adjust=adjust)
     hypers = dict(lr=lr, mom=mom, wd=wd, sqr_mom=sqr_mom, eps=eps)
     return Optimizer(params, [weight_decay if decouple_wd else l2_reg, update], **hypers)

@@ -87,6 +87,7 @@ def test_arguments_of_pytorch(name, says):
     "Through every factory, and where a step is given"
     given = [partial(cls, opt_step=adam_jit_step) for cls in (JitOptimizer,JitLookahead)]
     for make in [*(j for _,j in PAIRS+OTHERS), *given]:
+        if name in inspect.signature(make).parameters: continue  # Muon's `nesterov`
         with pytest.raises(TypeError, match=f'takes no {name}; it takes .*`{name}` .*{says}'):
             make(parameters((2,)), lr=0.1, **{name:True})
 

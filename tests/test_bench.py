@@ -80,14 +80,14 @@ def test_quartiles():
     assert timing([.001,.002,.003]).columns('step') == pytest.approx(dict(step_ms=2, step_lower=1.5, step_upper=2.5))
 
 BYTES = dict(sgd=20, sgd_l2=20, rmsprop=20, adam=28, radam=28, qhadam=28, larc=20, lamb=28, ranger=28+8/6, lion=20,
-             adan=44, stableadam=28)
+             adan=44, stableadam=28, muon=28)
 
 @pytest.mark.parametrize('name,per_element', BYTES.items())
 def test_limit(name, per_element, monkeypatch):
     "The flat step moves 28 bytes an element; the limit is what a step has to move at that bandwidth"
     timed = lambda fns, *a, after=None, **k: {n:Timing(*[MS.get(n, 30.)]*3) for n in fns}
     monkeypatch.setattr(bench, 'interleave', timed)
-    ps = with_grads((64,64), (64,), ())
+    ps = with_grads((64,64), (64,), ())  # Muon's one matrix takes Adam's step
     d = time_cell(rows[name], ps, lambda: None, 0.)
     assert d.limit_ms.tolist() == pytest.approx([7*per_element/28]*len(d))
     t = report(d.assign(model='m', optimizer=name).to_dict('records')).table()

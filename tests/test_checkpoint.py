@@ -219,7 +219,7 @@ SDS = dict(
 def has(case, what):
     "Is there that in the state of `case`?"
     if what.startswith('slow') or what == 'count': return case.jit is ranger_jit
-    return {'state_key':'sqr_avg', 'step_key':'step'}.get(what, 'params') in case.step.args
+    return case.takes({'state_key':'sqr_avg', 'step_key':'step'}.get(what, 'params'))
 
 @pytest.mark.parametrize('case,what', [(c,w) for w in SDS for c in ALL if has(c, w)], ids=str)
 def test_state_dict(case, what):

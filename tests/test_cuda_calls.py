@@ -1,18 +1,21 @@
 "CUDA without a GPU: on fake tensors, count the ATen calls and launches of a step, and find where the host would wait"
+from functools import partial
 from typing import List
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor,nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode,unset_fake_temporarily
+from torchvision.models import VisionTransformer
+from fastai.vision.models.xresnet import xresnet18,xresnet34,xresnet50,xresnet101
 
 from fastxtend_jit.bench import rows
 from fastxtend_jit.launches import Launches
 from tests import engine
 from tests.cases import *
 from tests.engine import pytorch
-from tests.support import every
+from tests.support import every,params_of
 from tests.tools.launches import cuda_launches,with_grads,xresnet_shapes
 
 @pytest.fixture
@@ -20,8 +23,10 @@ def fake_cuda(request):
     "A GPU that is not there, with or without fused kernels"
     with pytorch(fused=request.param == 'fused'),FakeTensorMode(): yield
 
+# Without those that give the first and the last matrix another step
+WIDE  = [c for c in CASES if c.jit is not muon_jit or 'rest' in c.kw]
 paths = pytest.mark.parametrize('fake_cuda', ['fused','foreach'], indirect=True)
-both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in CASES), *((c,'foreach') for c in ALL)],
+both  = pytest.mark.parametrize('case,fake_cuda', [*((c,'fused') for c in WIDE), *((c,'foreach') for c in ALL)],
                                 ids=str, indirect=['fake_cuda'])
 fused = pytest.mark.parametrize('fake_cuda', ['fused'], indirect=True)
 
@@ -43,7 +48,8 @@ def test_calls(case, fake_cuda):
     "No step waits, and none has more calls for more tensors: RAdam in both phases, Ranger with lookaheads"
     few,many = [count(case.make(with_grads([(4,3)]*n), True), 8)[1:] for n in (2,5)]  # the first step allocates
     assert not any(w for _,w in few+many)
-    for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= 25 + 2*per_tensor(case)
+    most = 25 + 2*per_tensor(case) + 15*(case.jit is muon_jit)  # three products in each of five iterations
+    for (a,_),(b,_) in zip(few,many): assert b-a == 3*per_tensor(case) and a <= most
     if case.jit in (radam_jit,ranger_jit): assert len({*few}) > 1  # it went through its phases
 
 @every
@@ -76,14 +82,38 @@ def launches(case, shapes, gen, jit=True, steps=(2,10,12), big=False):
     """Launches of the steps with these numbers; nothing waits
 
     They reach RAdam before and after it rectifies, and Ranger's lookahead"""
-    opt,res = case.make(with_grads(shapes), jit),[]
+    return launches_of(case.make(with_grads(shapes), jit), gen, steps, jit, big)
+
+def launches_of(opt, gen, steps, jit=True, big=False):
+    res = []
     with pytorch(gen):
         for i in range(1, max(steps)+1):
             with Launches(gen, big=big) as l: opt.step()
             if i in steps: res.append(l.total); assert not jit or not l.waits
     return res
 
-@pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw], ids=str)
+def shapes_of(make):
+    with unset_fake_temporarily(),torch.device('meta'): return [p.shape for p in make().parameters()]
+
+def vit_s_16(layers): return VisionTransformer(224, 16, layers, 6, 384, 1536)
+
+@pytest.mark.parametrize('few,many', [(partial(vit_s_16, 6),partial(vit_s_16, 12)), (xresnet18,xresnet34),
+                                      (xresnet50,xresnet101)], ids=['ViT-S/16','xresnet18','xresnet50'])
+@pytest.mark.parametrize('gen', ['old','new'])
+@fused
+def test_launches_of_muon(few, many, gen, fake_cuda):
+    "They grow with the number of shapes: as many matrices again are hardly any more"
+    counts = []
+    for shapes in map(shapes_of, (few,many)):
+        opt = muon_jit(with_grads(shapes), 0.1, wd=0.1)
+        (n,) = launches_of(opt, gen, (2,))
+        matrices = [p.shape for p in params_of(opt) if 'sqr_avg' not in opt.state[p]]
+        counts.append((n, len(matrices), len({*matrices})))
+    (a,few_matrices,kinds),(b,many_matrices,more_kinds) = counts
+    assert kinds == more_kinds and many_matrices >= 1.5*few_matrices and a <= b <= a + 2
+    assert a <= 27*kinds + 6  # and Adam's for the rest
+
+@pytest.mark.parametrize('case', [c for c in CASES if 'beta' not in c.kw and c.jit is not muon_jit], ids=str)
 @pytest.mark.parametrize('gen', ['old','new'])
 @fused
 @pytest.mark.slow

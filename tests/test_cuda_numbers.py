@@ -49,7 +49,7 @@ def check(case, generation, dtype, steps, scenario, fused=True):
 # The forms in which a step has nothing to give to a fused kernel, on any device
 def unfused(case):
     kw = case.kw
-    if case.jit is larc_jit or 'fused' not in case.step.args: return True
+    if case.jit is larc_jit or not case.takes('fused'): return True
     return 'beta' in kw or kw.get('nu_1', 1.) in (0.,1.5) or 'nu_2' in kw
 
 @pytest.mark.parametrize('case', slow_but(FIRST, CASES), ids=str)
@@ -64,7 +64,7 @@ def test_25_steps(case, generation, dtype, scenario): check(case, generation, dt
 def test_120_steps(case, generation): check(case, generation, torch.float32, 120, 'schedule', not unfused(case))
 
 @pytest.mark.parametrize('hypers', [dict(sqr_mom=0.9999), dict(sqr_mom=0.99999), dict(mom=0.9999)], ids=str)
-@pytest.mark.parametrize('case', [c for c in ALL if 'sqr_mom' in c.step.args], ids=str)
+@pytest.mark.parametrize('case', [c for c in ALL if c.takes('sqr_mom')], ids=str)
 @generations
 @pytest.mark.slow
 def test_betas_next_to_1(case, generation, hypers):

@@ -180,6 +180,14 @@ def test_first_and_last_take_adam():
     assert takes(stepped(muon_jit(m.parameters(), 0.01, rest=m[4].weight), m), m) == [
         '0.weight','3.weight','5.weight','6.weight']
 
+@pytest.mark.parametrize('first,last', [
+    ([(1,1,9),(1,7,9),(9,5)], [(1,9)]), ([(9,1)], [(4,9),(4,)]), ([(9,3,2,2)], [(9,9,1,1)])], ids=str)
+def test_ends_by_order(first, last):
+    "Tokens and positions are no first layer; a single column is one, and a single row is a last one"
+    ps = [nn.Parameter(torch.randn(s)) for s in [*first,(9,9),(9,),(8,9),*last]]
+    m = nn.ParameterList(ps)
+    assert takes(stepped(muon_jit(m.parameters(), 0.01), m), m) == [str(len(first)),str(len(first)+2)]
+
 class Tied(nn.Module):
     "A table of positions, an embedding that is also the head, and a head that is defined first"
     def __init__(self):
@@ -197,6 +205,7 @@ def test_muon_rest():
     tables = [f'embeds.{i}.weight' for i in range(3)]
     assert names(TabularModel([(10,5)]*3, 4, 2, [20,10])) == [*tables,'layers.2.0.weight']
     assert muon_rest(nn.BatchNorm1d(3)) == []
+    assert names(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 1))) == ['0.weight']
     m = Tied()
     assert takes(stepped(muon_jit(m.parameters(), 0.01, rest=muon_rest(m)), m), m) == [
         'att.in_proj_weight','att.out_proj.weight','mlp.weight']
@@ -275,3 +284,23 @@ def test_wrong_arguments():
         muon_jit([torch.zeros(3)], 0.01)  # without matrices, nothing was to be expected
         frozen = ps[0].requires_grad_(False)
         muon_jit(ps[1:], 0.01, rest=[frozen])
+
+def test_explain_says_why():
+    m = net()
+    t = stepped(muon_jit(m.parameters(), 0.01), m).explain()
+    assert t.tensors.sum() == len([*m.parameters()]) and {*t['step']} == {'muon_jit_step','adam_jit_step'}
+    for step,d in t.groupby('step'): assert (d['why this step'] == '').all() == (step == 'muon_jit_step')
+    assert t['why this step'].str.contains('2 the first or last matrix').any()
+    t = stepped(muon_jit(m.parameters(), 0.01, rest=muon_rest(m)), m).explain()
+    assert t['why this step'].str.contains('1 a depthwise convolution').any()
+    assert t['why this step'].str.contains('2 in `rest`').any()
+
+def test_lazy_parameters():
+    "Their shapes are not known: no matter where `rest` is given"
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match='no shape yet.*batch through the model first.*`rest`'):
+        muon_jit(lazy.parameters(), 0.01)
+    opt = muon_jit(lazy.parameters(), 0.01, rest=[])
+    lazy(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    assert takes(opt, lazy) == ['weight']

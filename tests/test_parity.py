@@ -78,10 +78,10 @@ def test_bfloat16_tells(case, dev):
 def test_other_paths(case, path, dev, monkeypatch):
     "Without fused kernels, as on mps; without TorchScript, or with it from the 10th step on; and in many small batches"
     if 'foreach' in path: engine.set_fused_fault(monkeypatch, 'none')
-    if 'uncompiled' in path: engine.run_uncompiled(monkeypatch, case.step)
+    if 'uncompiled' in path: engine.run_uncompiled(monkeypatch, *case.steps)
     if 'small' in path: engine.use_batches_of(monkeypatch, 100)
     for scenario,(dtype,tol) in zip(('groups','layouts'), TOL.items()):
-        if 'late' in path: engine.set_compile_after(case.step.uses+10, monkeypatch)
+        if 'late' in path: engine.set_compile_after(max(s.uses for s in case.steps)+10, monkeypatch)
         check(case, tol, dtype=dtype, dev=dev, **SCENARIOS[scenario])
 
 @pytest.mark.parametrize('case', AHEAD, ids=str)
