@@ -100,7 +100,7 @@ def test_all():
     scope = {}
     exec('from fastxtend_jit.all import *', scope)
     names = [j.__name__ for _,j in PAIRS+OTHERS]
-    rest = {'JitOptimizer', 'JitLookahead', 'jit_opt', 'use_jit', 'muon_jit', 'muon_jit_step', 'muon_rest'}
+    rest = {'JitOptimizer', 'JitLookahead', 'jit_opt', 'use_jit', 'muon_rest'}
     assert {k for k in scope if not k.startswith('__')} == {*names, *(f'{n}_step' for n in names), *rest}
 
 @pytest.mark.parametrize('dtype', TOL, ids=str)
