@@ -22,7 +22,7 @@ def test_parameter_twice(case):
     "One parameter in two groups would take two steps at once"
     p,q = parameters((3,), (3,))
     opt = case.make([[p,q],[p]], True)
-    refused(opt, ValueError, 'parameter 0 of group 1', 'twice', 'one group only')
+    refused(opt, ValueError, 'parameter 0 of group 1', 'listed in two groups', 'one group only')
 
 @every
 def test_shared_memory(case):
