@@ -45,6 +45,18 @@ def same_loops(ours, theirs, tol=TOL[torch.float64]):
     same_models(ours[0], theirs[0], tol)
     same_state(ours[1], theirs[1], tol)
 
+@every
+@pytest.mark.parametrize('params,says', [
+    (lambda m: [m[0].parameters(),m[2].parameters()], r'Group 0 holds a `generator`.*make a list.*`\[list\('),
+    (lambda m: m.named_parameters(), r'a `tuple`, .*`parameters\(\)` in place of `named_parameters'),
+    (lambda m: [(*m[0].parameters(),),(*m[2].parameters(),)], r'a `tuple`, .*make a list of each group'),
+    (lambda m: [dict(params=m.parameters(), lr=0.1)], r'a `dict`, .*hypers as lists, one number for each group'),
+    (lambda m: [1], 'a `int`, .*pass a list of parameters, or a list of lists')],
+    ids=['generators','named','tuples','dicts','numbers'])
+def test_what_is_no_parameter(case, params, says):
+    "An error that says what to pass, where the optimizer is made"
+    with pytest.raises(TypeError, match=says): case.make(params(model_and_data()[0]), True)
+
 # --- Groups as PyTorch has them
 
 # Ways to write to one

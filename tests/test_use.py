@@ -1,9 +1,10 @@
 "`use_jit`, the package's root, and what is saved where fastxtend_jit is not installed"
-import asyncio,copy,inspect,json,pickle,subprocess,sys
+import ast,asyncio,copy,inspect,json,pickle,subprocess,sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from threading import Barrier,Event,Thread
 
 import pytest
@@ -520,6 +521,15 @@ def test_root_is_all():
     for name in fastxtend_jit.__all__: assert getattr(fastxtend_jit, name) is getattr(everything, name)
     assert {*fastxtend_jit.__all__} == {n for n in vars(everything) if not n.startswith('_')}
     assert {*fastxtend_jit.__all__} <= {*dir(fastxtend_jit)} and everything.__all__ is fastxtend_jit.__all__
+
+def test_type_checkers_see_the_root():
+    "What they read in place of `__getattr__` are all public names, from the modules that have them, and nothing else"
+    source = ast.parse(Path(fastxtend_jit.__file__).read_text())
+    at = next(o for o in source.body if isinstance(o, ast.If) and o.test.id == 'TYPE_CHECKING')
+    assert all(o.level == 1 and all(n.asname == n.name for n in o.names) for o in at.body)
+    assert {o.module:' '.join(n.name for n in o.names) for o in at.body} == fastxtend_jit._modules
+    assert [f.name for f in at.orelse] == ['__getattr__'] and '__getattr__' in vars(fastxtend_jit)
+    assert (Path(fastxtend_jit.__file__).parent/'py.typed').exists()
 
 ROOT = '''
 import sys,json,fastxtend_jit
