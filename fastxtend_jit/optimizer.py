@@ -287,9 +287,10 @@ def _untraced(f):
 
 def _warn_of_accumulation(opt):
     "Warn, once, if Accelerate accumulates gradients: an optimizer that it wraps takes no step then"
-    state = getattr(sys.modules['accelerate.state'], 'GradientState', None)
     # to make a `GradientState` would set it up
-    if opt._warned or getattr(state, '_shared_state', {}).get('sync_gradients', True): return
+    try: state = sys.modules['accelerate.state'].GradientState._shared_state
+    except AttributeError: return
+    if state.get('sync_gradients', True) or opt._warned: return
     opt._warned = True
     warnings.warn("Accelerate accumulates gradients here, but has not wrapped this optimizer, which steps at every "
                   "batch: pass `opt.as_torch()` to `accelerator.prepare`, and use what that returns.", stacklevel=4)
