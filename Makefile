@@ -1,4 +1,4 @@
-# `make demo` and `make test` do what there is to do, from a fresh clone with Python (3.10 to 3.13) and make
+# `make demo` and `make test` do what there is to do, from a fresh clone with Python (3.10 to 3.14) and make
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from fastcore.basics import GetAttr,patch,store_attr
+from fastcore.foundation import L
 from fastai.callback.core import Callback,CancelFitException
 from fastai.learner import Learner,Recorder
 from fastai.torch_core import get_random_states,set_random_states,to_cpu
 
 from .parity import WholeTable
-from .learner import factories_of
+from .learner import _switch,factories_of
 from .optimizer import JitOptimizer
 from .calls import clock
 
@@ -78,7 +79,7 @@ def _copy(learn, left_out={}):
                             "or take it out meanwhile, a callback by `learn.removed_cbs`.") from e
     for n,v in [*vars(res).items()]:
         if any(v is o for o in without): delattr(res, n)
-    for os in (res.cbs,res.metrics): os[:] = [o for o in os if not any(o is v for v in without)]
+    for n in 'cbs','metrics': setattr(res, n, L(o for o in getattr(res, n) if not any(o is v for v in without)))
     # `deepcopy` leaves out gradients. With an old one of zeros, fastai goes on to decay a frozen parameter
     for p,copied in zip(learn.model.parameters(), res.model.parameters()):
         copied.grad = None if p.grad is None else p.grad.clone()
@@ -169,7 +170,7 @@ def _weights(opt):
 def _contestant(learn, jit, batches, steps, left_out={}):
     "A copy of `learn` with our optimizer, if `jit`, or fastai's; it takes `steps` steps an epoch and shows nothing"
     res = _copy(learn, left_out)
-    res = res.to_jit() if jit else res.to_native()
+    _switch(res, jit)  # a callback may be called like `to_jit`
     # callbacks that save, log or stop see by these that this training does not count
     res.lr_finder = res.gather_preds = True
     res.dls.loaders[0] = _Batches(res.dls.train, batches, steps)

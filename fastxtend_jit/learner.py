@@ -12,7 +12,6 @@ import inspect,itertools
 from copy import deepcopy
 from functools import cache,partial,update_wrapper,wraps
 from typing import Callable
-from weakref import WeakSet
 
 import torch
 from fastcore.basics import patch
@@ -153,14 +152,12 @@ def to_native(self:Learner) -> Learner:
     "Set back to fastai's, a live one with state, hypers and frozen groups; raises `TypeError` if it has no counterpart"
     return _switch(self, False)
 
-_native = WeakSet()  # Learners that were set to fastai's optimizer on purpose, which `use_jit` leaves alone
-
 def _switch(learn, jit):
     "Set `learn` to our optimizer, if `jit`, or to fastai's"
     opt_func = _counterpart(learn.opt_func, jit)
     learn.opt = _converted(learn.opt, jit)
     learn.opt_func = opt_func
-    (_native.discard if jit else _native.add)(learn)
+    learn._opt_stays = not jit  # `use_jit` leaves fastai's alone, in copies of the Learner, too
     return learn
 
 def _converted(opt, jit):

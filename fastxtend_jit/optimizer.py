@@ -8,19 +8,22 @@ Docs: https://fastxtend.github.io/fastxtend_jit/optimizer.html.md"""
 __all__ = ['SPREAD_SCALARS', 'JitOptimizer', 'copy_for']
 
 # %% ../nbs/07_optimizer.ipynb #eb792d6a
-import sys,warnings
+import re,sys,warnings
 from collections import defaultdict
+from collections.abc import MutableMapping
 from contextlib import nullcontext
+from copy import copy
 from functools import wraps
 from itertools import chain
+from numbers import Real
 from operator import itemgetter
-from types import MappingProxyType
+from types import GeneratorType,MappingProxyType
 from typing import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from fastcore.basics import patch
+from fastcore.basics import ifnone,patch
 from fastcore.foundation import L
 
 from .calls import OneByOne
@@ -53,11 +56,37 @@ def _split_arguments(steps, engine_args, arguments):
     known = {**_defaults(steps), **arguments}
     return states,consts,{**{n:known[n] for n in every if n in known}, **arguments}
 
+def _read_only(cls, message, writes):
+    "A subclass of `cls` whose methods `writes` raise; copies are of `cls`"
+    def refuse(self, *args, **kwargs): raise TypeError(message)
+    def plain(self): return cls,({**self} if issubclass(cls, dict) else [*self],)
+    methods = {**dict.fromkeys(writes.split(), refuse), '__reduce__':plain}
+    return type(f'ReadOnly{cls.__name__.title()}', (cls,), methods)
+
+_NO_CALLBACKS = ("Our optimizers have no callbacks: all that they do is in their step. Write a step of your own for "
+                 "`JitOptimizer`, or train with fastai's optimizer, also where `use_jit` put ours in its place: "
+                 "`learn.to_native()`.")
+_NoCallbacks = _read_only(L, _NO_CALLBACKS, 'append extend insert __setitem__ __add__ __radd__ __iadd__')
+
+def _remedy(o):
+    "What to pass in place of `o`, which is no parameter"
+    if isinstance(o, GeneratorType): return "make a list of each group, `[list(a.parameters()), list(b.parameters())]`."
+    if isinstance(o, dict): return "pass a list of lists of parameters, and hypers as lists, one number for each group."
+    if isinstance(o, tuple):
+        if any(isinstance(v, str) for v in o): return "pass `parameters()` in place of `named_parameters()`."
+        return "make a list of each group, as `[list(a), list(b)]`."
+    return "pass a list of parameters, or a list of lists of them."
+
+def _warn_of_unused(opt, k, stacklevel=2):
+    uses = ', '.join(_hypers(opt.steps, opt._engine_args))
+    warnings.warn(f"`{_names(opt.steps)}` does not use the hyper `{k}`; it uses {uses}.", stacklevel=stacklevel)
+
 class JitOptimizer(Optimizer):
     "fastai's `Optimizer` with one compiled step function in place of its callbacks"
     _engine_args = ENGINE_ARGS  # step arguments that the engine supplies, with their types
     _reserved = 'self','opt_step','choose'  # constructor arguments, whose names a step cannot have for its own
     _consts,_listed,_roster = (),(),None  # names of constants, and of state kept as one list; who is fit for a step
+    _warned = False  # of gradients that Accelerate accumulates
     _more_steps,_taken = (),None  # steps after the first; what parameters take, and of which hypers, made of what
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
@@ -83,8 +112,7 @@ class JitOptimizer(Optimizer):
         for i,pg in enumerate(self.param_lists):
             for p in pg:
                 if not isinstance(p, Tensor):
-                    raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: "
-                                    "pass a list of parameters, or a list of lists of them.")
+                    raise TypeError(f"Group {i} holds a `{type(p).__name__}`, not a parameter: {_remedy(p)}")
         self.set_hypers(**hypers)
         warn_of_hypers(_names(steps), self.hypers)
         self._set_consts({'decouple_wd':False, **_defaults(steps), **consts}, decouple_wd)
@@ -100,6 +128,12 @@ class JitOptimizer(Optimizer):
         try: scalars = self._scalars(Key(step=step), **engine_values)
         except (TypeError,ValueError): return  # hypers are still to come: the first step will ask again
         for check in (check_compiled,check_written): check(step, states, scalars, self._flags(step))
+
+    @property
+    def cbs(self): "None: see `steps`"; return _NoCallbacks()
+    @cbs.setter
+    def cbs(self, v):
+        if len(L(v)): raise TypeError(_NO_CALLBACKS)
 
     @property
     def steps(self): "Step functions"; return self.opt_step,*self._more_steps
@@ -118,8 +152,12 @@ class JitOptimizer(Optimizer):
         uses = _hypers(self.steps, self._engine_args)
         if k in uses or k in FASTAI_HYPERS:
             for o in v: as_scalar(o, float, k)
-        else: warnings.warn(f"`{_names(self.steps)}` does not use the hyper `{k}`; it uses {', '.join(uses)}.")
+        else: _warn_of_unused(self, k)
         super()._set_hyper(k, v)
+
+    def add_param_group(self, param_group):
+        "PyTorch's optimizers have it; raises `NotImplementedError`"
+        raise NotImplementedError("fastai's optimizers keep their groups: make a new optimizer to add one.")
 
     def clear_state(self):
         "Forget averages and step counts; keep which parameters take no decay and which are always trained"
@@ -250,6 +288,16 @@ def _untraced(f):
     as_it_is._torchdynamo_disable = True  # a caller that is compiled breaks its graph here
     return as_it_is
 
+def _warn_of_accumulation(opt):
+    "Warn, once, if Accelerate accumulates gradients: an optimizer that it wraps takes no step then"
+    # to make a `GradientState` would set it up
+    try: state = sys.modules['accelerate.state'].GradientState._shared_state
+    except AttributeError: return
+    if state.get('sync_gradients', True) or opt._warned: return
+    opt._warned = True
+    warnings.warn("Accelerate accumulates gradients here, but has not wrapped this optimizer, which steps at every "
+                  "batch: pass `opt.as_torch()` to `accelerator.prepare`, and use what that returns.", stacklevel=4)
+
 @patch
 @_untraced
 def step(self:JitOptimizer,
@@ -258,6 +306,7 @@ def step(self:JitOptimizer,
     "Take a step for all parameters that have a gradient; raises, before it changes anything, if one cannot take it"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: "
                                                       "compute the loss and gradients, then call `step()`.")
+    if 'accelerate.state' in sys.modules: _warn_of_accumulation(self)
     x,plan,calls,roster = self._prepare()
     is_new,self._roster = roster is not self._roster,None
     if is_new: self._commit(roster, x)
@@ -289,21 +338,12 @@ def _by_kind(ts):
     for t in ts: res.setdefault((type(t),t.dtype,t.device), []).append(t)
     return res.values()
 
-@_untraced
-def _warn_of_accumulation():
-    "Warn if Accelerate accumulates gradients: an optimizer that it wraps is not called then"
-    state = getattr(sys.modules.get('accelerate.state'), 'GradientState', None)
-    if state and not state().sync_gradients:
-        warnings.warn("Accelerate accumulates gradients here, but has not wrapped this optimizer, which steps at every "
-                      "batch: pass `opt.as_torch()` to `accelerator.prepare`, and use what that returns.")
-
 @patch
 @torch.no_grad()
 def zero_grad(self:JitOptimizer,
     set_to_none:bool=False # Drop gradients, as PyTorch does by default? Parameters without one take no step
 ):
     "Zero all gradients in place, in one call for each dtype and device"
-    _warn_of_accumulation()
     if set_to_none:
         for p in chain.from_iterable(self.param_lists): p.grad = None
         return
@@ -351,58 +391,98 @@ def _check_state_dict(self:JitOptimizer, sd):
                          numbers=step.scalar_state, of=[i for i,t in enumerate(takes) if t.step is step])
 
 # %% ../nbs/07_optimizer.ipynb #933ee003
-class _Group(dict):
-    "A parameter group: a dict of its parameters and hypers, and what is written to it is written to the optimizer"
-    def __init__(self, opt, i):
-        super().__init__(params=opt.param_lists[i], **opt.hypers[i])
-        self._opt,self._i = opt,i
+_of_schedulers = re.compile('(initial|base|max|min|swa)_.+')  # numbers that PyTorch's keep in a group, as `initial_lr`
+
+class _Group(MutableMapping):
+    "A parameter group as PyTorch has it: a view of its parameters and hypers"
+    def __init__(self, opt, i): self._opt,self._i = opt,i
+    @property
+    def _hypers(self): return self._opt.hypers[self._i]
+    def __getitem__(self, k): return self._opt.param_lists[self._i] if k == 'params' else self._hypers[k]
+    def __iter__(self): return iter(['params', *self._hypers])
+    def __len__(self): return 1+len(self._hypers)
+    def __repr__(self): return repr({**self})
 
     def _checked(self, new):
-        "`new` with hypers as numbers; raises `TypeError` for what is none, or is named otherwise here"
-        steps,what = self._opt.steps,"Hyper `{}` of group {}"
-        hypers = _hypers(steps, self._opt._engine_args)
-        for k in new: refuse_pytorch_name(_names(steps), k, hypers)
-        return {k: as_scalar(v, float, what.format(k, self._i)) if k in hypers or k in FASTAI_HYPERS else v
+        "`new` with hypers as numbers; raises `TypeError` for what is none, or is a name of PyTorch's"
+        steps,what,names = self._opt.steps,"Hyper `{}` of group {}",_hypers(self._opt.steps, self._opt._engine_args)
+        for k in new: refuse_pytorch_name(_names(steps), k, names)
+        for k,v in new.items():
+            if isinstance(v, Real) and k not in (*names, *FASTAI_HYPERS, *self) and not _of_schedulers.fullmatch(k):
+                _warn_of_unused(self._opt, k, stacklevel=5)
+        return {k: as_scalar(v, float, what.format(k, self._i)) if k in names or k in FASTAI_HYPERS else v
                 for k,v in new.items()}
 
-    def update(self, *args, **kwargs):
-        new = self._checked(dict(*args, **kwargs))
-        super().update(new)
+    def _write(self, new):
+        new = self._checked(new)
         if 'params' in new: self._opt.param_lists[self._i] = L(new.pop('params'))
-        self._opt.hypers[self._i].update(new)
+        self._hypers.update(new)
 
-    def __setitem__(self, k, v): self.update({k:v})
-    def __ior__(self, other): self.update(other); return self
-    def setdefault(self, k, default=None):
-        if k not in self: self[k] = default
-        return self[k]
-    def __reduce__(self): return dict,({**self},)  # a copy is by itself
+    def update(self, *args, **kwargs): self._write(dict(*args, **kwargs))
+    def __setitem__(self, k, v): self._write({k:v})
+    def __ior__(self, other): self._write(dict(other)); return self
+    def __delitem__(self, k):
+        if k == 'params' or k in _hypers(self._opt.steps, self._opt._engine_args):
+            raise TypeError(f"`{k}` of group {self._i} cannot be taken away: `{_names(self._opt.steps)}` needs it.")
+        del self._hypers[k]
+
+    # a copy is by itself, as a dict
+    def copy(self): return {**self}
+    def __or__(self, other): return {**self, **other}
+    def __ror__(self, other): return {**other, **self}
+    def __reduce__(self): return dict,({**self},)
+
+_Groups = _read_only(list, "The list of groups cannot be changed: set what is in a group, as "
+    "`opt.param_groups[0]['lr'] = x`, or all groups, as `opt.param_groups = [...]`. To add or to drop one, make a new "
+    "optimizer.",
+    'append extend insert pop remove clear sort reverse __setitem__ __delitem__ __iadd__ __imul__')
 
 def _groups(self):
-    "A dict of parameters and hypers for each group; what is written to it is written to the optimizer"
-    return [_Group(self, i) for i in range(min(len(self.param_lists), len(self.hypers)))]
+    "A view of parameters and hypers for each group: what is written to it is written to the optimizer"
+    return _Groups(_Group(self, i) for i in range(min(len(self.param_lists), len(self.hypers))))
 
 def _set_groups(self, v):
-    for g,new in [(g,g._checked(new)) for g,new in zip(_groups(self), v)]: g.update(new)
+    groups,v = _groups(self),[*v]
+    if len(v) != len(groups):
+        raise ValueError(f"There are {len(groups)} parameter groups, but {len(v)} are to be set: to add or drop one, "
+                         "make a new optimizer.")
+    for g,new in [(g,g._checked(new)) for g,new in zip(groups, v)]: g._write(new)
 
 JitOptimizer.param_groups = property(_groups, _set_groups)
 
 # %% ../nbs/07_optimizer.ipynb #c4e3f3fb
+_NO_DEFAULTS = ("PyTorch's defaults are for groups that are added, which cannot be done here: set a hyper by "
+                "`opt.set_hyper('lr', x)`.")
+_Defaults = _read_only(dict, _NO_DEFAULTS, '__setitem__ __delitem__ __ior__ update pop popitem clear')
+
 class _AsTorch(torch.optim.Optimizer):
     "An optimizer of ours as one of PyTorch's class"
     def __init__(self, opt):
         self.opt = opt
         super().__setstate__({})  # PyTorch's hooks, without groups of its own as its constructor makes them
 
-    def __reduce__(self): return type(self),(self.opt,)
+    def __reduce__(self): return type(self),(self.opt,)  # a copy has no hooks, as PyTorch's have none
     @property
     def state(self): return self.opt.state
+    @state.setter
+    def state(self, v): self.opt.state = defaultdict(dict, v)
     @property
-    def defaults(self): return {**self.opt.hypers[0]}
+    def defaults(self): return _Defaults(self.opt.hypers[0])
+    @defaults.setter
+    def defaults(self, v): raise TypeError(_NO_DEFAULTS)
     @property
     def param_groups(self): return self.opt.param_groups
     @param_groups.setter
     def param_groups(self, v): self.opt.param_groups = v
+
+    # all else that `opt` has, `set_hyper` and `freeze` among it
+    def __getattr__(self, k):
+        if k.startswith('_') or k == 'opt': raise AttributeError(f"{type(self).__name__!r} has no attribute {k!r}")
+        return getattr(self.opt, k)
+    def __setattr__(self, k, v):
+        own = k.startswith('_') or k in vars(self) or hasattr(type(self), k)
+        if own or k == 'opt' or not hasattr(self.opt, k): super().__setattr__(k, v)
+        else: setattr(self.opt, k, v)
 
     def step(self, closure=None):
         "Take a step; with `closure`, which computes loss and gradients, call it first, and return the loss"
@@ -410,10 +490,19 @@ class _AsTorch(torch.optim.Optimizer):
         self.opt.step()
         return loss
     def zero_grad(self, set_to_none=True): self.opt.zero_grad(set_to_none)
-    def state_dict(self): return self.opt.state_dict()
-    def load_state_dict(self, state_dict): self.opt.load_state_dict(state_dict)
-    def add_param_group(self, param_group):
-        raise NotImplementedError("fastai's optimizers keep their groups: make a new optimizer to add one.")
+
+    def state_dict(self):
+        for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
+        res = self.opt.state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values(): res = ifnone(hook(self, res), res)
+        return res
+    def load_state_dict(self, state_dict):
+        state_dict = copy(state_dict)  # what a hook does to it is seen here alone
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = ifnone(hook(self, state_dict), state_dict)
+        self.opt.load_state_dict(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
+    def add_param_group(self, param_group): self.opt.add_param_group(param_group)
 
 @patch
 def as_torch(self:JitOptimizer) -> torch.optim.Optimizer:

@@ -9,25 +9,52 @@ __all__ = ['use_jit']
 
 # %% ../nbs/20_use.ipynb #9e6f9375
 from collections import Counter
-from functools import partial,wraps
+from contextlib import ContextDecorator
+from contextvars import ContextVar
+from functools import cache,partial,wraps
+from inspect import isasyncgenfunction,iscoroutinefunction,isgeneratorfunction,isroutine
 from itertools import chain
 from threading import RLock
-from weakref import WeakSet
 
+import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from fastai.learner import Learner
+from fastai.optimizer import SGD,Lookahead,Optimizer
 
-from .learner import _converted,_native,factories_of
+from .learner import _converted,factories_of
 from .optimizer import JitOptimizer
 from .validate import check_memory,check_params_disjoint,param_names
 
 # %% ../nbs/20_use.ipynb #d882e3ec
-_lock  = RLock()
-_calls = []         # what is in force, the newest last: it decides
-_seen  = Counter()  # (factory, what became of its optimizer)
-_stay  = WeakSet()  # optimizers that were looked at, and stay as they are
+_lock   = RLock()
+_calls  = []  # what was called, and holds for the process, the newest last: it decides
+_inside = ContextVar('use_jit', default=())  # blocks of this thread or task, and calls inside them, the newest last
+_seen   = Counter()  # (factory, what became of its optimizer)
+_became = WeakIdKeyDictionary()  # optimizers that were looked at: ours for each, or None if it stays as it is
 
-def _in_force(): return any(c.on for c in _calls[-1:])
+def _in_force(): return any(o.on for o,_ in (_inside.get() or _calls)[-1:])
+
+def _and_call(entries, o):
+    "`entries` of objects, each with whether it is a block, and a call; of earlier calls only the last may decide again"
+    stale = [e for e in entries if not e[1]][:-1]
+    return [*(e for e in entries if e not in stale), (o,False)]
+
+def _without_calls(entries, o): return [e for e in entries if e != (o,False)]
+def _only_inside(entries): return tuple(entries) if any(block for _,block in entries) else ()
+
+@cache
+def _attributes():
+    "Names of the attributes that fastai gives its optimizers, by class"
+    opt = Lookahead(SGD([torch.zeros(1)], lr=0.))
+    opt.freeze_to(0)
+    return {Lookahead:{*vars(opt)}, Optimizer:{*vars(opt.opt)}}
+
+def _check_untouched(opt):
+    "Raise if `opt` is not as fastai made it: what was added to it would be lost"
+    if own := sorted({*vars(opt)} - _attributes()[type(opt)]):
+        raise TypeError(f"The live optimizer has {', '.join(f'`{n}`' for n in own)} of somebody's own")
+    if type(opt) is Lookahead: _check_untouched(opt.opt)
 
 def _check_params(learn):
     "Raise if our steps refuse a parameter that fastai's take"
@@ -41,70 +68,96 @@ def _check_params(learn):
         if isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.sparse:
             raise TypeError(f"the gradient of `{name}` is sparse")
 
+def _ours_for(learn):
+    "Our optimizer for the one of `learn`, and the name of its factory; raises if it has to stay"
+    (_,jit),_ = factories_of(learn.opt)
+    _check_untouched(learn.opt)
+    _check_params(learn)
+    return _converted(learn.opt, True),jit.__name__
+
+def _note(learn, became):
+    func = learn.opt_func.func if isinstance(learn.opt_func, partial) else learn.opt_func
+    key = getattr(func, '__name__', type(func).__name__),became
+    with _lock:
+        for seen in [_seen, *(o._own for o in {o for o,_ in _inside.get()} if o._own is not None)]: seen[key] += 1
+
+def _share(opt, ours):
+    "Whoever holds fastai's optimizer reads and sets state and hypers of ours"
+    opt = getattr(opt, 'opt', opt)  # fastai's Lookahead has them from the optimizer within
+    opt.state,opt.hypers,opt.param_lists = ours.state,ours.hypers,ours.param_lists
+
 def _use(learn):
     "Convert the optimizer of `learn`, if a call is in force and it can be"
     opt = learn.opt
-    if opt is None or not _in_force() or isinstance(opt, JitOptimizer) or opt in _stay or learn in _native: return
-    func = learn.opt_func.func if isinstance(learn.opt_func, partial) else learn.opt_func
-    try:
-        _check_params(learn)
-        (_,jit),_ = factories_of(opt)
-        learn.opt,became = _converted(opt, True),jit.__name__
-    except Exception as e:  # whatever it is, somebody else's training goes on without us
-        became = f"stays: {str(e).split(' here. ')[0]}"
-        _stay.add(opt)
-    with _lock: _seen[getattr(func, '__name__', type(func).__name__),became] += 1
-
-def _wrapped(method, before):
-    "`method` of a Learner, and `_use`, before it or after it"
-    @wraps(method)
-    def wrapper(self, *args, **kwargs):
-        if before: _use(self)
-        res = method(self, *args, **kwargs)
-        if not before: _use(self)
-        return res
-    wrapper.used_by = _calls
-    return wrapper
+    if opt is None or isinstance(opt, JitOptimizer) or vars(learn).get('_opt_stays'): return
+    if opt not in _became:
+        if not _in_force(): return
+        try: ours,became = _ours_for(learn)
+        except Exception as e:  # whatever it is, somebody else's training goes on without us
+            ours,became = None,f"stays: {str(e).split(' here. ')[0]}"
+        _note(learn, became)
+        if ours: _share(opt, ours)
+        try:
+            with _lock: _became[opt] = ours
+        except TypeError: return  # no weak references to it: it stays, and will be looked at again
+    if _became[opt]: learn.opt = _became[opt]  # for another Learner that has it, too
 
 def _wrap_learner():
-    for name in 'create_opt','fit':
-        method = getattr(Learner, name)
-        if getattr(method, 'used_by', None) is not _calls: setattr(Learner, name, _wrapped(method, name == 'fit'))
+    if getattr(Learner._do_fit, 'used_by', None) is _calls: return
+    do_fit = Learner._do_fit
+    @wraps(do_fit)
+    def wrapper(self, *args, **kwargs):
+        _use(self)
+        return do_fit(self, *args, **kwargs)
+    wrapper.used_by,Learner._do_fit = _calls,wrapper
 
 # %% ../nbs/20_use.ipynb #a3760d14
-class use_jit:
-    "From now on, or in a `with` block, Learners of all threads step with our counterpart of their optimizer"
-    _end = None
+class use_jit(ContextDecorator):
+    "From now on, in a block, or in a function, Learners that are fitted step with our counterpart of their optimizer"
+    _own = None  # what its blocks have seen, if it has any
     def __init__(self,
         on:bool=True # Use ours where there is one? `False` leaves Learners as they are
     ):
         if not isinstance(on, bool):
-            raise TypeError(f"`use_jit` takes True or False, but got {on!r}: write `use_jit()`, or `with use_jit():`. "
-                            "For a single Learner there is `learn.to_jit()`.")
+            raise TypeError(f"`use_jit` takes True or False, but got {on!r}: write `use_jit()`, `with use_jit():`, or "
+                            "`@use_jit()` before a function. For a single Learner there is `learn.to_jit()`.")
         with _lock:
-            self.on,self._depth,self._start = on,0,Counter(_seen)
-            # of earlier calls that opened no block, only the last can decide again
-            for c in [c for c in _calls if not c._depth][:-1]: _calls.remove(c)
-            _calls.append(self)
+            self.on,self._start = on,Counter(_seen)
+            _calls[:] = _and_call(_calls, self)
+            _inside.set(_only_inside(_and_call(_inside.get(), self)))
             if on: _wrap_learner()
 
+    def _no_call(self):
+        "It is a block or a decorator: the call that made it holds no longer"
+        with _lock: _calls[:] = _without_calls(_calls, self)
+        _inside.set(_only_inside(_without_calls(_inside.get(), self)))
+
     def __enter__(self):
-        with _lock:
-            if not self._depth and self in _calls: _calls.remove(self)
-            _calls.append(self)
-            self._depth,self._end = self._depth+1,None
+        self._no_call()
+        if self._own is None: self._own = Counter()
+        _inside.set((*_inside.get(), (self,True)))
         return self
 
     def __exit__(self, *args):
-        with _lock:
-            _calls.reverse(); _calls.remove(self); _calls.reverse()  # the newest of its own
-            self._depth -= 1
-            if not self._depth: self._end = Counter(_seen)
+        entries = [*_inside.get()][::-1]
+        if (self,True) in entries: entries.remove((self,True))  # the newest of its own
+        _inside.set(_only_inside(entries[::-1]))
+
+    def __call__(self,
+        f # Function, which then runs in a block
+    ):
+        "As a decorator"
+        self._no_call()
+        later = isgeneratorfunction,iscoroutinefunction,isasyncgenfunction
+        if not isroutine(f) or any(is_one(f) for is_one in later):
+            raise TypeError(f"`@use_jit()` takes a function that is done when it returns, but got {f!r}: write "
+                            "`with use_jit():` inside.")
+        return super().__call__(f)
 
     @property
     def seen(self):
         "How many optimizers, by the name of the factory that made them, and what became of them"
-        with _lock: return dict((_seen if self._end is None else self._end) - self._start)
+        with _lock: return dict(_seen - self._start if self._own is None else self._own)
 
     def __repr__(self):
         lines = [f'{n} x {made} -> {became}' for (made,became),n in self.seen.items()]

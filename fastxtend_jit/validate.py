@@ -93,8 +93,9 @@ def refuse_pytorch_name(
     name:str, # Name of a hyper
     takes:list # Names of the hypers that it takes
 ):
-    "Raise `TypeError` if `name` is what PyTorch calls one of `takes`"
-    if any(re.fullmatch(_PYTORCH_NAMES.get(name, ''), t) for t in takes): refuse_arguments(f, [name], takes)
+    "Raise `TypeError` if `name` is an argument of PyTorch's optimizers, which is called otherwise here, or is not there"
+    if name in takes: return
+    if name in _PYTORCH_ONLY or any(re.fullmatch(_PYTORCH_NAMES.get(name, ''), t) for t in takes): refuse_arguments(f, [name], takes)
 
 def factory(
     f:Callable # Function that makes an optimizer from named arguments

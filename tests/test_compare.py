@@ -12,7 +12,7 @@ from tests.learners import DataLoader,DataLoaders,equal,tabular,tensor_dls,text,
 from tests.cases import *
 from fastai.callback.all import (Callback,CSVLogger,EarlyStoppingCallback,GradientAccumulation,GradientClip,
                                  ProgressCallback,SaveModelCallback)
-from fastai.learner import CancelFitException,Metric
+from fastai.learner import CancelFitException,Learner,Metric
 from fastai.torch_core import set_seed
 from fastxtend_jit.compare import _Run,_table
 from tests import engine
@@ -65,6 +65,12 @@ def test_compare_other_learners(make, tmp_path):
     learn = make(Adam, tmp_path)
     learn.fit(1, 1e-2)
     assert alike(compared(learn), 1e-9)
+
+@pytest.mark.parametrize('name', ['ToJit','ToNative','CompareOpt'])
+def test_compare_with_a_callback_of_that_name(name, tmp_path):
+    "It hides a method of the Learner, which is not asked"
+    learn = vision(Adam, tmp_path).add_cb(type(name, (Callback,), {})())
+    assert [*Learner.compare_opt(learn, steps=2, show=False).columns[:2]] == ['Adam','adam_jit']
 
 def test_compare_tells_a_difference(tmp_path, monkeypatch):
     learn = vision(Adam, tmp_path)

@@ -1,8 +1,10 @@
 "Loops of one's own: groups, schedulers, files, Accelerate, decay by hand, clipping, scaled gradients, threads"
-import copy,io,warnings
+import copy,io,pickle,re,warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from typing import List
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from fastcore.foundation import L
 from fastai.callback.schedule import SchedCos,combined_cos
 from fastai.optimizer import OptimWrapper
-from torch import nn
+from torch import Tensor,nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
@@ -43,6 +45,18 @@ def same_loops(ours, theirs, tol=TOL[torch.float64]):
     same_models(ours[0], theirs[0], tol)
     same_state(ours[1], theirs[1], tol)
 
+@every
+@pytest.mark.parametrize('params,says', [
+    (lambda m: [m[0].parameters(),m[2].parameters()], r'Group 0 holds a `generator`.*make a list.*`\[list\('),
+    (lambda m: m.named_parameters(), r'a `tuple`, .*`parameters\(\)` in place of `named_parameters'),
+    (lambda m: [(*m[0].parameters(),),(*m[2].parameters(),)], r'a `tuple`, .*make a list of each group'),
+    (lambda m: [dict(params=m.parameters(), lr=0.1)], r'a `dict`, .*hypers as lists, one number for each group'),
+    (lambda m: [1], 'a `int`, .*pass a list of parameters, or a list of lists')],
+    ids=['generators','named','tuples','dicts','numbers'])
+def test_what_is_no_parameter(case, params, says):
+    "An error that says what to pass, where the optimizer is made"
+    with pytest.raises(TypeError, match=says): case.make(params(model_and_data()[0]), True)
+
 # --- Groups as PyTorch has them
 
 # Ways to write to one
@@ -64,16 +78,25 @@ def test_group_is_written_through(case, how):
 
 @every
 def test_group_is_a_dict(case):
-    "With parameters and hypers, as fastai's; a copy is a plain dict that writes nothing"
+    "With parameters and hypers, as fastai's: all that reads a dict reads it; a copy is a plain one that writes nothing"
     opt,native = trained(case, 1),case.make(parameters := [nn.Parameter(torch.ones(2))], False)
     for o in (opt,native): assert o.param_groups == [{'params':pg, **h} for pg,h in zip(o.param_lists, o.hypers)]
-    assert all(isinstance(g, dict) for g in opt.param_groups)
+    g = opt.param_groups[0]
+    assert isinstance(g, Mapping) and repr(g) == repr({**g}) and len(g) == len([*g]) == len(g.keys())
+    assert g.get('no such') is None and 'lr' in g and 'no such' not in g and {*g} == {'params', *opt.hypers[0]}
+    assert g | {'lr':7.} == {**g, 'lr':7.} and ({'a':1} | g)['a'] == 1 and (lambda **kw: kw)(**g) == g
     assert {*case.make(parameters, True).param_groups[0]} == {*native.param_groups[0]}
     before = snapshot(opt)
-    for make in (copy.copy,copy.deepcopy,dict,dict.copy):
+    through = lambda g: pickle.loads(pickle.dumps(g))
+    for make in (copy.copy,copy.deepcopy,dict,type(g).copy,lambda g: {**g},through):
         g = make(opt.param_groups[0])
         assert type(g) is dict and g.keys() == opt.param_groups[0].keys()
         g['lr'] = 7.
+    for make in (copy.deepcopy,through):
+        gs = make(opt.param_groups)
+        assert type(gs) is list and {*map(type, gs)} == {dict}
+        gs.append(gs[0])
+        gs[0]['lr'] = 7.
     assert same(snapshot(opt), before)
 
 def test_group_keeps_what_it_does_not_know():
@@ -90,7 +113,11 @@ def test_group_keeps_what_it_does_not_know():
 @every
 @pytest.mark.parametrize('k,v,says', [('lr','high',"`lr` of group 1 has to be a number, but is 'high'"),
                                       ('lr',None,'`lr` of group 1'),
-                                      ('weight_decay',0.1,'`weight_decay` is `wd` here')])
+                                      ('weight_decay',0.1,'`weight_decay` is `wd` here'),
+                                      ('maximize',True,'`maximize` is not in fastai: negate the loss'),
+                                      *((k,True,f'`{k}` is a formula that fastai does not have')
+                                        for k in ('amsgrad','nesterov','dampening','centered')),
+                                      *((k,True,f'`{k}` has no need here') for k in ('fused','foreach','capturable'))])
 def test_group_refuses(case, k, v, says):
     "What is no number, and PyTorch's names, before anything has changed"
     opt = trained(case, 1)
@@ -99,6 +126,92 @@ def test_group_refuses(case, k, v, says):
                   lambda: setattr(opt, 'param_groups', [{'lr':0.5},{k:v}])):
         with pytest.raises(TypeError, match=says): write()
     assert same(snapshot(opt), before)
+
+@every
+def test_group_is_live(case):
+    "One that is held, and the list of all, show what was set since, by whatever means"
+    opt = case.make([[nn.Parameter(torch.ones(2))],[nn.Parameter(torch.ones(3))]], True)
+    groups,other = opt.param_groups,case.make([[nn.Parameter(torch.ones(2))],[nn.Parameter(torch.ones(3))]], True)
+    opt.set_hyper('lr', [0.1,0.2])
+    assert [g['lr'] for g in groups] == [0.1,0.2]
+    groups[0]['lr'] *= 0.5
+    assert opt.hypers[0]['lr'] == 0.05 and opt.param_groups[0] == groups[0] and groups[0] != groups[1]
+    other.set_hyper('lr', [3.,4.])
+    opt.load_state_dict(other.state_dict())
+    assert [{**g}['lr'] for g in groups] == [3.,4.]
+    p = nn.Parameter(torch.ones(3))
+    opt.param_groups[1]['params'] = [p]
+    assert groups[1]['params'][0] is p
+
+def test_held_group_with_a_scheduler():
+    "`*=` on a group that was held since before the scheduler's steps, as with PyTorch's"
+    p,q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    res = []
+    for opt in (adam_jit([p], 0.1).as_torch(),torch.optim.Adam([q], 0.1)):
+        groups,sched = opt.param_groups,lr_scheduler.StepLR(opt, 1, 0.5)
+        for _ in range(3): opt.step(); sched.step()
+        groups[0]['lr'] *= 0.1
+        res.append(opt.param_groups[0]['lr'])
+    assert res[0] == res[1] == 0.1*0.5**3*0.1
+
+@every
+def test_keys_of_a_group_go(case):
+    "What a scheduler keeps there can be taken away; what the step needs cannot, and nothing has changed then"
+    opt = trained(case, 1)
+    g = opt.param_groups[0]
+    g['initial_lr'] = g['max_lr'] = 0.1
+    del g['initial_lr']
+    assert g.pop('max_lr') == 0.1 and g.pop('max_lr', None) is None and not {'initial_lr','max_lr'} & {*opt.hypers[0]}
+    before = snapshot(opt)
+    for take in (lambda: g.pop('lr'), lambda: g.__delitem__('lr'), lambda: g.pop('params'), g.clear, g.popitem):
+        with pytest.raises(TypeError, match='cannot be taken away'): take()
+    with pytest.raises(KeyError): del g['no such']
+    assert same(snapshot(opt), before)
+
+LIST_WRITES = dict(append=lambda gs: gs.append({}), item=lambda gs: gs.__setitem__(0, {'lr':1.}),
+                   iadd=lambda gs: gs.__iadd__([{}]), pop=lambda gs: gs.pop(), clear=lambda gs: gs.clear(),
+                   delitem=lambda gs: gs.__delitem__(0), extend=lambda gs: gs.extend([{}]))
+
+@pytest.mark.parametrize('how', LIST_WRITES)
+def test_list_of_groups_refuses(how):
+    opt = trained(EIGHT[2], 1)
+    before = snapshot(opt)
+    for groups in (opt.param_groups, opt.as_torch().param_groups):
+        with pytest.raises(TypeError, match="cannot be changed: set what is in a group"): LIST_WRITES[how](groups)
+        assert len(groups) == len(opt.param_groups) == 2
+    assert same(snapshot(opt), before)
+
+@every
+def test_groups_of_another_number(case):
+    "More or fewer are refused before one is set"
+    opt = trained(case, 1)
+    before = snapshot(opt)
+    for new in ([], [{'lr':7.}], [{'lr':7.}]*3, ({'lr':7.} for _ in range(3))):
+        with pytest.raises(ValueError, match='There are 2 parameter groups, but'): opt.param_groups = new
+    assert same(snapshot(opt), before)
+    opt.param_groups = ({'lr':7.} for _ in range(2))
+    assert [h['lr'] for h in opt.hypers] == [7.,7.]
+
+def test_groups_warn_of_names_that_nobody_uses():
+    "Where they are written; not of what schedulers and others keep there, nor twice"
+    opt = trained(EIGHT[2], 1)
+    for k in ('lrr','learning_rate'):
+        with pytest.warns(UserWarning, match=f'does not use the hyper `{k}`; it uses lr') as w:
+            opt.param_groups[0][k] = 1.
+        assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt.param_groups[0].update(lrr=2., initial_lr=1., max_lr=1., min_lr=1., swa_lr=1., base_momentum=1., name='a')
+
+def test_own_step_with_a_name_of_pytorch():
+    "It is the step's hyper then"
+    def nest_step(params:List[Tensor], grads:List[Tensor], lr:float, nesterov:float, alpha:float, sqr_mom:float):
+        torch._foreach_add_(params, grads, alpha=-lr*nesterov*alpha*sqr_mom)
+    opt = JitOptimizer([nn.Parameter(torch.ones(2))], nest_step, lr=1., nesterov=1., alpha=1., sqr_mom=1.)
+    opt.param_groups[0].update(nesterov=0.5, alpha=0.25)
+    params_of(opt)[0].grad = torch.ones(2)
+    opt.step()
+    assert params_of(opt)[0].tolist() == [0.875,0.875]
 
 @every
 def test_groups_are_set(case):
@@ -183,7 +296,7 @@ def test_scheduler_resumes():
 
 @every
 def test_as_torch(case):
-    "It steps as the optimizer itself, takes a closure, calls hooks, and copies with what it wraps"
+    "It steps as the optimizer itself, takes a closure, and copies with what it wraps"
     a,b = twins(case, 2)
     opt,hooked = b.as_torch(),[]
     assert isinstance(opt, torch.optim.Optimizer) and opt.opt is b and opt.state is b.state
@@ -202,8 +315,74 @@ def test_as_torch(case):
     opt.zero_grad()
     assert all(p.grad is None for p in params_of(b))
     opt.load_state_dict(a.state_dict())
-    with pytest.raises(NotImplementedError, match='new optimizer'): opt.add_param_group({'params':[]})
+    for o in (opt,b):
+        with pytest.raises(NotImplementedError, match='new optimizer'): o.add_param_group({'params':[]})
     with pytest.raises(TypeError, match='not an Optimizer'): lr_scheduler.LambdaLR(b, lambda i: 1.)
+
+@every
+def test_as_torch_has_all(case):
+    "Methods, hypers and attributes are the optimizer's, to read and to set; what would be lost raises"
+    a,b = twins(case, 2)
+    opt = b.as_torch()
+    opt.set_hyper('lr', 0.3)
+    assert opt.hypers is b.hypers and b.hypers[0]['lr'] == 0.3
+    opt.freeze()
+    assert b.frozen_idx == opt.frozen_idx == 1
+    opt.unfreeze()
+    opt.frozen_idx = 1
+    assert b.frozen_idx == 1 and opt.explain and opt.all_params()[0][0] is params_of(b)[0]
+    for write in (lambda: opt.defaults.__setitem__('lr', 1.), lambda: opt.defaults.update(lr=1.),
+                  lambda: setattr(opt, 'defaults', {})):
+        with pytest.raises(TypeError, match=r"set_hyper\('lr', x\)"): write()
+    assert opt.defaults == b.hypers[0] and {**opt.defaults} == b.hypers[0]
+    with pytest.raises(AttributeError, match='no_such'): opt.no_such
+    opt.mine = 1
+    assert not hasattr(b, 'mine') and not hasattr(opt, '_no_such')
+
+@every
+def test_as_torch_takes_state(case):
+    "As with fastai's `clear_state`, which sets an empty one"
+    a,b = twins(case, 2)
+    kept = {p:{**st} for p,st in b.state.items()}
+    OptimWrapper(opt=b.as_torch()).clear_state()
+    assert not b.state
+    b.as_torch().state = kept
+    for o in (a,b): o.step()
+    assert same(snapshot(a), snapshot(b))
+
+@pytest.mark.parametrize('make', [lambda ps: adam_jit(ps, 0.1).as_torch(), lambda ps: torch.optim.Adam(ps, 0.1)],
+                         ids=['ours','pytorch'])
+def test_hooks(make):
+    "Of steps and of state dicts, as PyTorch's: what they return counts; a copy has none"
+    p,called = nn.Parameter(torch.ones(2)),[]
+    opt = make([p])
+    def hook(name, res=None): return lambda *args: called.append((name, len(args))) or (res and res(*args))
+    opt.register_step_pre_hook(hook('before step'))
+    opt.register_step_post_hook(hook('after step'))
+    opt.register_state_dict_pre_hook(hook('before saving'))
+    opt.register_state_dict_post_hook(hook('after saving', lambda opt,sd: {**sd, 'note':1}))
+    def without_note(opt, sd): return {k:v for k,v in sd.items() if k != 'note'}
+    opt.register_load_state_dict_pre_hook(hook('before loading', without_note))
+    opt.register_load_state_dict_post_hook(hook('after loading'))
+    p.grad = torch.ones(2)
+    opt.step()
+    sd = opt.state_dict()
+    assert sd['note'] == 1
+    opt.load_state_dict(sd)
+    assert 'note' in sd and called == [('before step',3),('after step',3),('before saving',1),('after saving',2),
+                                       ('before loading',2),('after loading',1)]
+    called.clear()
+    for other in (copy.deepcopy(opt),pickle.loads(pickle.dumps(opt))):
+        other.step(); other.state_dict()
+    assert not called
+
+def test_hook_changes_what_is_loaded():
+    "In place, and the caller's own stays"
+    opt = trained(EIGHT[2], 2).as_torch()
+    sd,old = opt.state_dict(),copy.deepcopy(opt.hypers[0])
+    opt.register_load_state_dict_pre_hook(lambda opt,sd: sd.update(hypers=[{**h, 'lr':7.} for h in sd['hypers']]))
+    opt.load_state_dict(sd)
+    assert opt.hypers[0]['lr'] == 7. and sd['hypers'][0] == old
 
 @pytest.fixture
 def accelerator():
@@ -254,11 +433,28 @@ def test_accelerate_with_a_scheduler(accelerator):
     assert opt.opt.state_dict()['state'][0]['step'] == 2 and opt.opt.hypers[0]['lr'] == 0.1*0.5**2
 
 def test_accelerate_does_not_know(accelerator):
-    "An optimizer that Accelerate has not wrapped says so"
+    "An optimizer that Accelerate has not wrapped says so, once, at its step, however gradients are dropped"
     model,batches = model_and_data()
     model,opt = accelerator.prepare(model, EIGHT[2].make([*model.parameters()], True))
-    with pytest.warns(UserWarning, match=r'has not wrapped this optimizer.*as_torch\(\)'):
-        accumulated(accelerator, model, batches, opt)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        for x,y in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(x), y))
+                opt.step()
+                model.zero_grad()
+    w, = [o for o in w if re.search(r'has not wrapped this optimizer.*as_torch\(\)', str(o.message))]
+    assert w.filename == __file__
+
+def test_accelerate_is_not_set_up():
+    "Where it is imported, and nobody uses it"
+    state = pytest.importorskip('accelerate.state', reason='needs Accelerate, from the extra `dev`')
+    state.GradientState._reset_state()
+    opt = trained(EIGHT[2], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt.step()
+    assert not state.GradientState._shared_state
 
 # --- Files
 

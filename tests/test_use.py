@@ -1,8 +1,11 @@
 "`use_jit`, the package's root, and what is saved where fastxtend_jit is not installed"
-import inspect,json,pickle,subprocess,sys
+import ast,asyncio,copy,inspect,json,pickle,subprocess,sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from functools import partial
-from threading import Barrier,Thread
+from pathlib import Path
+from threading import Barrier,Event,Thread
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.support import eight
 from fastai.callback.core import Callback
 from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.optimizer import Lookahead,Optimizer,OptimWrapper
+from fastai.optimizer import Lookahead,Optimizer,OptimWrapper,sgd_step
 from fastai.torch_core import set_seed
 from fastxtend_jit import all as everything,use_jit
 from fastxtend_jit.learner import jit_opt
@@ -25,7 +28,7 @@ def made(opt_func): return quiet(Learner(tensor_dls(), nn.Linear(4, 2), loss_fun
 def is_ours(opt_func=Adam):
     "Does a new Learner step with ours?"
     learn = made(opt_func)
-    learn.create_opt()
+    learn.fit(0)
     return isinstance(learn.opt, JitOptimizer)
 
 @pytest.fixture(autouse=True)
@@ -60,7 +63,9 @@ def test_state_and_hypers_go_along(tmp_path):
     opts = []
     for on in (True,False):
         learn = vision(partial(Adam, eps=1e-7, mom=.8), tmp_path)
-        with use_jit(on): learn.freeze()
+        with use_jit(on):
+            learn.freeze()
+            learn.fit(0)
         opts.append(learn.opt)
     ours,native = opts
     assert isinstance(ours, JitOptimizer) and ours.frozen_idx == native.frozen_idx == 2
@@ -91,7 +96,7 @@ def ahead(ps, **kw): return Lookahead(SGD(ps, mom=.9, **kw))
 def test_seen(opt_func, name, became):
     with use_jit() as used:
         learn = made(opt_func)
-        learn.create_opt()
+        learn.fit(0)
         opt = learn.opt
         learn.fit(0)
     assert learn.opt is opt and isinstance(opt, JitOptimizer) == ('stays' not in became)
@@ -136,12 +141,146 @@ def test_what_ours_refuse_stays(model, why):
     assert type(learn.opt) is Optimizer and why in repr(used)
 
 def test_native_on_purpose_stays(tmp_path):
+    "In a copy, too"
     learn = vision(Adam, tmp_path)
     with use_jit():
-        learn.to_native().fit(1)
-        assert type(learn.opt) is Optimizer
-        learn.to_jit().fit(1)
-        assert isinstance(learn.opt, JitOptimizer)
+        learn.to_native()
+        for o in (copy.deepcopy(learn),learn):
+            o.fit(1)
+            assert type(o.opt) is Optimizer
+        learn.to_jit()
+        for o in (copy.deepcopy(learn),learn):
+            o.fit(1)
+            assert isinstance(o.opt, JitOptimizer)
+
+# Ways to change an optimizer of fastai's: before training, or as it starts
+def halve(p, **kwargs): p.data.mul_(0.5)
+
+class HalvesAfterwards(Learner):
+    def create_opt(self):
+        super().create_opt()
+        self.opt.cbs.append(halve)
+
+class HalvesAtFit(Callback):
+    def before_fit(self): self.learn.opt.cbs = self.opt.cbs+[halve]
+
+def has_own_step(learn):
+    learn.create_opt()
+    step = learn.opt.step
+    def counted(*args): learn.steps += 1; step(*args)
+    learn.steps,learn.opt.step = 0,counted
+
+def has_a_note(learn):
+    learn.create_opt()
+    learn.opt.note = 'mine'
+
+def looks_ahead_and_has_a_note(learn):
+    learn.create_opt()
+    learn.opt = Lookahead(learn.opt)
+    learn.opt.opt.note = 'mine'
+
+class Eq(Optimizer):
+    "A class of somebody's that cannot be hashed"
+    def __eq__(self, other): return self is other
+
+def linear(opt_func=Adam, cls=Learner, cbs=None):
+    "A Learner of a line, the same each time"
+    set_seed(0)
+    x = torch.randn(24, 4)
+    dls = tensor_dls(x, x.sum(1, keepdim=True))
+    return quiet(cls(dls, nn.Linear(4, 1), nn.functional.mse_loss, opt_func=opt_func, cbs=cbs))
+
+def changed(how):
+    "A Learner whose optimizer `how` changes, or will change"
+    if how is HalvesAfterwards: return linear(cls=how)
+    if how is HalvesAtFit: return linear(cbs=how())
+    if how is Eq: return linear(lambda ps,**kw: Eq(ps, [sgd_step], **kw))
+    learn = linear()
+    how(learn)
+    return learn
+
+@pytest.mark.parametrize('how,why', [
+    (HalvesAfterwards,'halve, has no counterpart'), (HalvesAtFit,'halve, has no counterpart'),
+    (has_own_step,'`step` of somebody'), (has_a_note,'`note` of somebody'),
+    (looks_ahead_and_has_a_note,'`note` of somebody'), (Eq,'a `Eq` of sgd_step')])
+def test_what_somebody_changed_stays(how, why):
+    "It trains as without, and `used` says why"
+    def trained(on):
+        learn = changed(how)
+        with use_jit(on) as used: learn.fit(2)
+        assert not isinstance(learn.opt, JitOptimizer) and (on == (why in repr(used))) and len(used.seen) == on
+        return [*learn.model.parameters()],vars(learn).get('steps')
+    (a,n),(b,m) = trained(False),trained(True)
+    assert all(map(torch.equal, a, b)) and n == m and n in (None,4)
+
+class Slots:
+    "An optimizer without weak references, a dictionary or anything that ours need"
+    __slots__ = 'params','hypers'
+    def __init__(self, params, **kw): self.params,self.hypers = [p for pg in params for p in pg],[kw]
+    def set_hypers(self, **kw): pass
+    def step(self): pass
+    zero_grad = step
+    state = {}
+
+def test_stranger_stays():
+    learn = linear(lambda ps,lr: Slots(ps, lr=lr))
+    learn.wd_bn_bias,learn.train_bn = True,False
+    with use_jit() as used: learn.fit(1)
+    assert type(learn.opt) is Slots and 'a `Slots`, has no counterpart' in repr(used)
+
+def test_create_opt_of_ones_own():
+    "The first fit steps with ours, whatever made the optimizer"
+    class Own(Learner):
+        def create_opt(self): self.opt = self.opt_func(self.splitter(self.model), lr=self.lr)
+    with use_jit() as used: (learn := linear(cls=Own)).fit(1)
+    assert isinstance(learn.opt, JitOptimizer) and used.seen == {('Adam','adam_jit'):1}
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger], ids=['adam','ranger'])
+def test_learners_that_share_one(opt_func):
+    "Two Learners with one optimizer still have one, in a block and after it"
+    def trained(on):
+        a = linear(opt_func)
+        a.create_opt()
+        b = Learner(a.dls, a.model, a.loss_func, opt_func=opt_func)
+        b.opt = a.opt
+        with use_jit(on) as used:
+            a.fit(1, 0.1); quiet(b).fit(1, 0.1); a.fit(1, 0.1)
+        b.fit(1, 0.1)
+        assert a.opt is b.opt and isinstance(a.opt, JitOptimizer) == on and len(used.seen) == on
+        return a.model.parameters()
+    for p,q in zip(trained(True), trained(False)): close(p, q, 1e-5)
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger], ids=['adam','ranger'])
+def test_held_optimizer_is_heard(opt_func):
+    "Who holds fastai's optimizer reads and sets hypers and state of ours"
+    class Holds(Callback):
+        def __init__(self, opt): self.held = opt
+        def before_batch(self):
+            self.held.set_hyper('lr', 0.1*self.held.hypers[0]['lr'])
+            if self.iter == 1 and self.training: self.held.clear_state()
+    def trained(on):
+        learn = linear(opt_func)
+        learn.create_opt()
+        learn.add_cb(Holds(learn.opt))
+        with use_jit(on): learn.fit(1, 1.)
+        assert isinstance(learn.opt, JitOptimizer) == on
+        assert learn.opt.hypers[0]['lr'] == pytest.approx(1e-3)
+        return learn.model.parameters()
+    for p,q in zip(trained(True), trained(False)): close(p, q, 1e-5)
+
+def test_callbacks_of_ours():
+    "There are none: reading gives an empty sequence; all that adds one says what to do"
+    with use_jit(): (learn := linear()).fit(1)
+    opt = learn.opt
+    def put(cbs): opt.cbs = cbs
+    for write in (lambda: opt.cbs.append(halve), lambda: opt.cbs.insert(0, halve), lambda: opt.cbs.extend([halve]),
+                  lambda: put([halve]), lambda: put(opt.cbs+[halve]), lambda: put([*opt.cbs, halve]),
+                  lambda: put(halve)):
+        with pytest.raises(TypeError, match='no callbacks.*step of your own.*`learn.to_native'): write()
+    assert len(opt.cbs) == 0 and [*opt.cbs] == []
+    opt.cbs = []
+    for o in (copy.deepcopy(opt),pickle.loads(pickle.dumps(opt))): assert len(o.cbs) == 0
+    learn.to_native().opt.cbs.append(halve)
 
 def test_compare_opt_compares(tmp_path):
     with use_jit(): res = vision(Adam, tmp_path).compare_opt(steps=2, show=False)
@@ -175,8 +314,10 @@ def test_calls_and_blocks():
 def test_many_calls_leave_nothing():
     from fastxtend_jit import use
     for i in range(50): use_jit(i%2 == 0)
-    with use_jit(): assert len(use._calls) <= 3
-    assert len(use._calls) <= 2
+    with use_jit():
+        for i in range(50): use_jit(i%2 == 0)
+        assert len(use._inside.get()) <= 3 and is_ours() == (i%2 == 0)
+    assert len(use._calls) <= 2 and not use._inside.get()
 
 def test_again_with_the_same_object():
     "Kept, entered again and in itself; it is newest where it is entered"
@@ -188,8 +329,29 @@ def test_again_with_the_same_object():
 
 @pytest.mark.parametrize('bad', [Adam, None, 1, 'adam'])
 def test_takes_true_or_false(bad):
-    "As a decorator, or with a Learner or a factory, it would be on for good"
+    "Without parentheses before a function, or with a Learner or a factory, it would be on for good"
     with pytest.raises(TypeError, match=r'`use_jit` takes True or False.*learn.to_jit'): use_jit(bad)
+    assert not is_ours()
+
+def test_as_a_decorator():
+    "The function runs in a block, each time, with its name; nothing is on before or after"
+    @use_jit()
+    def trains(n, bad=False):
+        "Trains"
+        return n/(not bad) if is_ours() else None
+    assert not is_ours()
+    assert trains(1) == 1. and trains.__doc__ == 'Trains' and not is_ours()
+    with use_jit(False): assert trains(2) == 2. and not is_ours()
+    with pytest.raises(ZeroDivisionError): trains(1, bad=True)
+    assert not is_ours()
+
+def generates(): yield
+async def coroutine(): pass
+async def generates_async(): yield
+@pytest.mark.parametrize('bad', [generates, coroutine, generates_async, Learner, None])
+def test_decorates_functions_only(bad):
+    "What runs later would do so outside of the block"
+    with pytest.raises(TypeError, match=r'`with use_jit\(\):` inside'): use_jit()(bad)
     assert not is_ours()
 
 def test_off_after_an_error():
@@ -206,23 +368,54 @@ def test_any_order_of_exits():
     assert not is_ours()
 
 def test_threads():
-    "Eight threads go in and out, and train; in each block it is on, and in the end off"
+    "Eight threads go in and out, and train; each block counts for its own thread, and sees its own Learners alone"
     res,barrier = [],Barrier(8)
     def work():
         barrier.wait()
-        for _ in range(20):
-            with use_jit() as used: res.append(is_ours() and ('Adam','adam_jit') in used.seen)
+        for i in range(20):
+            with use_jit(on := i%3 > 0) as used:
+                res.append(is_ours() == on and used.seen == ({('Adam','adam_jit'):1} if on else {}))
     threads = [Thread(target=work) for _ in range(8)]
     for t in threads: t.start()
     for t in threads: t.join()
     assert res == [True]*160 and not is_ours()
 
-def test_in_threads_that_start_within():
-    res = []
-    with use_jit():
-        t = Thread(target=lambda: res.append(is_ours()))
-        t.start(); t.join()
-    assert res == [True]
+@pytest.mark.parametrize('inner', [True,False])
+def test_blocks_of_threads_do_not_undo_each_other(inner):
+    "Whichever is newer, and while both are open"
+    entered,left,res = Event(),Event(),[]
+    def other():
+        with use_jit(inner):
+            entered.set()
+            left.wait()
+            res.append(is_ours())
+    t = Thread(target=other)
+    with use_jit(not inner):
+        t.start(); entered.wait()
+        res.append(is_ours())
+    left.set(); t.join()
+    assert res == [not inner, inner]
+
+def test_in_other_threads():
+    "A call holds in all threads, a block in those that go on in its context"
+    def in_thread(f): return ThreadPoolExecutor(1).submit(f).result()
+    use_jit()
+    assert in_thread(is_ours)
+    use_jit(False)
+    with use_jit(): assert in_thread(partial(copy_context().run, is_ours))
+    def called(): use_jit(); return is_ours()
+    with use_jit(False):
+        assert in_thread(called) and not is_ours()  # its own block
+    assert is_ours()
+
+def test_tasks():
+    "Blocks of asyncio's tasks do not undo each other"
+    async def task(on):
+        with use_jit(on):
+            await asyncio.sleep(0)
+            return is_ours()
+    async def both(): return await asyncio.gather(task(True), task(False), task(True))
+    assert asyncio.run(both()) == [True,False,True]
 
 def test_not_undone_by_import_star():
     scope = {}
@@ -236,10 +429,11 @@ def test_learner_keeps_its_signatures():
     assert [*inspect.signature(Learner.export).parameters][:2] == ['self','fname']
 
 def test_after_somebody_else_patched(monkeypatch):
-    "Whoever replaces `create_opt` is wrapped by the next call"
+    "Whoever replaces a method is wrapped by the next call"
     use_jit(); use_jit(False)
     def create_opt(self): self.opt = self.opt_func(self.splitter(self.model), lr=self.lr)
     monkeypatch.setattr(Learner, 'create_opt', create_opt)
+    monkeypatch.setattr(Learner, '_do_fit', lambda self: None)
     with use_jit(): assert is_ours()
 
 def test_callback_called_ToJit(tmp_path):
@@ -327,6 +521,15 @@ def test_root_is_all():
     for name in fastxtend_jit.__all__: assert getattr(fastxtend_jit, name) is getattr(everything, name)
     assert {*fastxtend_jit.__all__} == {n for n in vars(everything) if not n.startswith('_')}
     assert {*fastxtend_jit.__all__} <= {*dir(fastxtend_jit)} and everything.__all__ is fastxtend_jit.__all__
+
+def test_type_checkers_see_the_root():
+    "What they read in place of `__getattr__` are all public names, from the modules that have them, and nothing else"
+    source = ast.parse(Path(fastxtend_jit.__file__).read_text())
+    at = next(o for o in source.body if isinstance(o, ast.If) and o.test.id == 'TYPE_CHECKING')
+    assert all(o.level == 1 and all(n.asname == n.name for n in o.names) for o in at.body)
+    assert {o.module:' '.join(n.name for n in o.names) for o in at.body} == fastxtend_jit._modules
+    assert [f.name for f in at.orelse] == ['__getattr__'] and '__getattr__' in vars(fastxtend_jit)
+    assert (Path(fastxtend_jit.__file__).parent/'py.typed').exists()
 
 ROOT = '''
 import sys,json,fastxtend_jit
