@@ -159,12 +159,9 @@ def test_imports_stand_alone(nb):
         imports = [isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body]
         assert not any(imports) or all(imports) or not c.outputs, c.source
 
-LATER = '07_optimizer','18_muon','30_bench','index'
-
 @pages
 def test_code_fits(nb):
     "No line of code that a page shows has more than 100 characters"
-    if nb.stem in LATER: pytest.skip('has longer ones still')
     for c in nbformat.read(nb, 4).cells:
         if c.cell_type == 'code':
             if re.search(r'^#\| *(export|hide|default_exp|echo: *false)', c.source, re.M): continue
