@@ -73,8 +73,7 @@ def muon_jit_step(
     x = torch.stack([g.reshape(rows, -1) for g in (grads if nesterov else grad_avg)])
     update = [u.view(params[0].size()) for u in x.unbind()]
     if nesterov: torch._foreach_lerp_(update, grad_avg, mom)
-    most = 1<<19 if x.is_cpu else 1<<24  # elements: a CPU's cache holds as many, a GPU wants large products
-    for piece in x.split(max(1, most//(x.size(1)*x.size(2)))): piece.copy_(_orthogonal(piece, dtype))
+    x.copy_(_orthogonal(x, dtype))
 
     by = 0.2*math.sqrt(max(rows, x.size(2))) if match_rms else math.sqrt(max(1., rows/x.size(2)))
     torch._foreach_add_(params, update, alpha=-lr*by)
@@ -126,13 +125,17 @@ def _given_rest(rest, params):
             warnings.warn("No parameter takes Muon's step: the first and the last matrix take Adam's, and there is no "
                           "other. Pass `rest=[]` if they should take Muon's.", stacklevel=4)
         return ends
+    if isinstance(rest, (str,nn.Module)) or not hasattr(rest, '__iter__'): rest = [rest]
     rest = [rest] if isinstance(rest, Tensor) else [*rest]
-    if wrong := [o for o in rest if not isinstance(o, Tensor)]:
-        raise TypeError(f"`rest` has to be a list of parameters, as `muon_rest(model)` gives, but holds {wrong[0]!r}.")
-    trained,have = [p for p in rest if p.requires_grad],{*map(id, params)}
-    if trained and not any(id(p) in have for p in trained):
-        raise ValueError("None of `rest` is among the parameters of the optimizer: are they of another model, or of a "
-                         "copy? Call `muon_rest` with the model that is trained.")
+    if wrong := [type(o).__name__ for o in rest if not isinstance(o, Tensor)]:
+        raise TypeError("`rest` has to be a list of parameters, as `muon_rest(model)` gives, "
+                        f"but holds a `{wrong[0]}`.")
+    have = {*map(id, params)}
+    lost = [p for p in rest if id(p) not in have and (p.requires_grad or not isinstance(p, nn.Parameter))]
+    said = "among the parameters of the optimizer: are they of another model, or of a copy? " \
+           "Call `muon_rest` with the model that is trained."
+    if lost and not any(id(p) in have for p in rest): raise ValueError(f"None of `rest` is {said}")
+    if lost: warnings.warn(f"{len(lost)} of `rest` are not {said}", stacklevel=4)
     return rest
 
 def _number_of(dtype):

@@ -29,7 +29,7 @@ from fastcore.foundation import L
 from .calls import OneByOne
 from .memory import lasting,takes_lists
 from .plan import Inputs,Key,Roster,Takes,same
-from .step import ENGINE_ARGS,FASTAI_HYPERS,jit_step
+from .step import ENGINE_ARGS,FASTAI_HYPERS,autocast,jit_step
 from .trial import check_compiled,check_written
 from .validate import (as_scalar,check_state_dict,param_names,refuse_arguments,refuse_hyper,
                                     refuse_pytorch_name,warn_of_hypers)
@@ -87,7 +87,7 @@ class JitOptimizer(Optimizer):
     _reserved = 'self','opt_step','choose'  # constructor arguments, whose names a step cannot have for its own
     _consts,_listed,_roster = (),(),None  # names of constants, and of state kept as one list; who is fit for a step
     _warned = False  # of gradients that Accelerate accumulates
-    _more_steps,_taken = (),None  # steps after the first; what parameters take, and of which hypers, made of what
+    _more_steps,_taken,_copied = (),None,None  # steps after the first; what parameters take, and in what was copied
     def __init__(self,
         params:Tensor|list, # Model parameters, or a list of lists of them: the parameter groups
         opt_step:Callable|list, # Step function, see `JitStep`, or several; compiled if they are plain functions
@@ -164,7 +164,9 @@ class JitOptimizer(Optimizer):
         super().clear_state()
         self._roster = None
 
-    def __getstate__(self): return {**self.__dict__, '_roster':None, '_taken':None}
+    def __getstate__(self):
+        positions = self._taken and (self.choose,self._taken[4])  # a rule may know parameters by their identity
+        return {**self.__dict__, '_roster':None, '_taken':None, '_copied':positions}
 
 # %% ../nbs/07_optimizer.ipynb #10ba299b
 @patch
@@ -184,7 +186,14 @@ def _check_names(self:JitOptimizer):
 def _set_consts(self:JitOptimizer, values, decouple_wd):
     if decouple_wd is not None: values['decouple_wd'] = decouple_wd
     types,res = {'decouple_wd':bool},{}
-    for step in self.steps: types |= {n:step.scalars[n] for n in step.consts if n not in self._engine_args}
+    for step in self.steps:
+        for n,to in step.scalars.items():
+            if n in self._engine_args: continue
+            known = types.setdefault(n, to)
+            if known is not to:
+                raise TypeError(f"`{n}` is of type {known.__name__} in one step, and of {to.__name__} in "
+                                f"`{step.__name__}`: give it two names.")
+    types = {n:to for n,to in types.items() if n == 'decouple_wd' or any(n in step.consts for step in self.steps)}
     for n,to in types.items():
         if hasattr(self, n): self._refuse_name(n, 'an attribute')
         if n not in values:
@@ -237,12 +246,14 @@ def _takes(self:JitOptimizer, params):
     "What each parameter takes: the same list while steps and parameters are the same"
     made_of = self.steps,self.choose
     if self._taken and self._taken[0] == made_of and same(self._taken[1], params): return self._taken[2]
-    kinds,at = [*map(Takes, self.steps, self._states)],[self.choose(p) if self.choose else 0 for p in params]
+    kinds = [Takes(step, states, not self.choose) for step,states in zip(self.steps, self._states)]
+    (choose,at),self._copied = self._copied or (None,()),None
+    if choose is not self.choose or len(at) != len(params): at = [self.choose(p) if self.choose else 0 for p in params]
     if wrong := [(n,i) for n,i in zip(param_names(self.param_lists), at) if i not in range(len(kinds))]:
         raise ValueError(f"`choose` returned {wrong[0][1]!r} for {wrong[0][0]}, which is not the position of a step, "
                          f"from 0 to {len(kinds)-1}.")
     hypers = _hypers(self.steps, self._engine_args)
-    self._taken = made_of,params,[kinds[i] for i in at],itemgetter(*hypers) if hypers else lambda h: ()
+    self._taken = made_of,params,[kinds[i] for i in at],itemgetter(*hypers) if hypers else lambda h: (),at
     return self._taken[2]
 
 @patch
@@ -272,8 +283,9 @@ def _prepare(self:JitOptimizer):
         if b.step.check: b.step.check(**scalars)
     return x,plan,calls,roster
 
-# Without this layer of PyTorch's dispatcher autograd does not learn that parameters are written to, as with `p.data`
-_counts_writes = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# Without the first of these layers of PyTorch's dispatcher autograd does not learn that parameters are written to, as
+# with `p.data`; without the others products are not in 16 bits, where a loop steps within `torch.autocast`
+_layers = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView) | autocast
 
 def _untraced(f):
     "`f` as it is, without a history, wherever `torch.compile` meets it"
@@ -310,7 +322,7 @@ def step(self:JitOptimizer,
     x,plan,calls,roster = self._prepare()
     is_new,self._roster = roster is not self._roster,None
     if is_new: self._commit(roster, x)
-    with torch._C._ExcludeDispatchKeyGuard(_counts_writes):
+    with torch._C._ExcludeDispatchKeyGuard(_layers):
         for bucket,form,scalars in calls:
             try: bucket.run(form, x.grads, scalars)
             except Exception: raise

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .step import ENGINE_ARGS,JitStep,no_modes
+from .step import ENGINE_ARGS,JitStep,autocast,no_modes
 
 # %% ../nbs/05_trial.ipynb #cbb9ee2d
 # Batches of several tensors and of one, long enough for a kernel's vectors, and whether the first parameter is zero:
@@ -84,7 +84,8 @@ def same_random(
 def _apart(device):
     "A context without the caller's modes, default device, threads and random numbers"
     threads = torch.get_num_threads()
-    with no_modes(), torch.inference_mode(False), torch.no_grad(), same_random(device):
+    with (no_modes(), torch._C._ExcludeDispatchKeyGuard(autocast), torch.inference_mode(False), torch.no_grad(),
+          same_random(device)):
         # a default device slows down every call: it is a mode
         with nullcontext() if torch.empty(0).is_cpu else torch.device('cpu'):
             try:

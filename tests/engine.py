@@ -36,7 +36,7 @@ def drop_plan(opt):
 def states_of(opt):
     "Each parameter with the names of the state that its step asks for"
     ps = [p for pg in opt.param_lists for p in pg]
-    return [(p,t.states) for p,t in zip(ps, opt._takes(ps))]
+    return [(p,[n for n in t.states if n not in opt._listed]) for p,t in zip(ps, opt._takes(ps))]
 
 def make_plan(opt, params, grads):
     "A plan by itself, which `opt` does not keep"

@@ -13,6 +13,7 @@ from fastxtend_jit.muon import _orthogonal,why_adam
 from tests.cases import close
 from tests.learners import quiet,tensor_dls
 from tests.references import muon,orthogonal
+from tests.support import new_grads
 
 MATRICES = (48,48),(20,90),(90,20),(2,5),(30,7,3,3),(16,8,5),(6,4,2,2,3)
 FORMS = {}, dict(wd=0.1), dict(wd=0.1, decouple_wd=False), dict(nesterov=False), dict(adjust='original'), dict(mom=0.)
@@ -272,8 +273,11 @@ def test_wrong_arguments():
         muon_jit(ps, 0.01, adjust='both')
     with pytest.raises(ValueError, match="`dtype` has to be None or one of torch.bfloat16.*but is torch.int8"):
         muon_jit(ps, 0.01, dtype=torch.int8)
-    with pytest.raises(TypeError, match="`rest` has to be a list of parameters.*holds 'head.weight'"):
-        muon_jit(ps, 0.01, rest=['head.weight'])
+    for rest,name in ((['head.weight'],'str'), ('head.weight','str'), (net(),'Sequential'), (True,'bool')):
+        with pytest.raises(TypeError, match=f"`rest` has to be a list of parameters.*holds a `{name}`"):
+            muon_jit(ps, 0.01, rest=rest)
+    with pytest.warns(UserWarning, match='2 of `rest` are not among the parameters'):
+        muon_jit(ps, 0.01, rest=[ps[0], ps[0].data, nn.Parameter(torch.zeros(2,2))])
     with pytest.raises(ValueError, match='None of `rest` is among the parameters'):
         muon_jit(ps, 0.01, rest=muon_rest(net()))
     with pytest.raises(ValueError, match='got no parameters'): muon_jit([], 0.01)
@@ -284,6 +288,18 @@ def test_wrong_arguments():
         muon_jit([torch.zeros(3)], 0.01)  # without matrices, nothing was to be expected
         frozen = ps[0].requires_grad_(False)
         muon_jit(ps[1:], 0.01, rest=[frozen])
+
+@pytest.mark.parametrize('first', [0,5])
+def test_within_autocast(first):
+    "A loop that steps in there gets products in the dtype that it would get elsewhere"
+    ms = [net() for _ in range(2)]
+    ms[1].load_state_dict(ms[0].state_dict())
+    opts = [muon_jit(m.parameters(), 0.01) for m in ms]
+    for i in range(8):
+        for o,m in zip(opts, ms):
+            new_grads([*m.parameters()], i)
+            with torch.autocast('cpu', torch.bfloat16, enabled=m is ms[1] and i >= first): o.step()
+    for p,q in zip(*(m.parameters() for m in ms)): assert torch.equal(p, q)
 
 def test_explain_says_why():
     m = net()

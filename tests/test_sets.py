@@ -243,3 +243,31 @@ def test_do_wd_that_is_none(steps):
     refused(opt, TypeError, '`do_wd` of parameter 1 of group 0')
     del opt.state[q]['do_wd']
     opt.step()
+
+def test_do_wd_of_numpy():
+    ps = parameters((3,), (2,))
+    opts = [f([*map(torch.nn.Parameter, (p.detach().clone() for p in ps))], lr=0.1, wd=0.1) for f in (Adam,adam_jit)]
+    for o in opts:
+        o.state[params_of(o)[1]]['do_wd'] = np.array(False)
+        for i in range(3): new_grads(params_of(o), i); o.step()
+    for p,q in zip(*map(params_of, opts)): close(q, p, 1e-6)
+
+def test_strides_that_are_always_new():
+    "What is known of them is bounded"
+    p, = ps = parameters((4,5))
+    opt = adam_jit(ps, lr=0.1)
+    for i in range(200):
+        p.grad = torch.ones(4, 5+i)[:,:5]
+        opt.step()
+    assert len(engine.roster_of(opt).slots[0].fits) <= 64
+
+def test_slice_of_a_zero_tensor():
+    "It has no memory, and an address that is not 0, as any slice of it"
+    ps = parameters((4,), (3,))
+    opts = [f([*map(torch.nn.Parameter, (p.detach().clone() for p in ps))], lr=0.1) for f in (Adam,adam_jit)]
+    for o in opts:
+        for i in range(4):
+            new_grads(params_of(o), i)
+            if i%2: params_of(o)[0].grad = torch._efficientzerotensor((10,))[3:7]
+            o.step()
+    for p,q in zip(*map(params_of, opts)): close(q, p, 1e-6)

@@ -95,12 +95,37 @@ def test_explain_says_who_takes_what():
     assert shown.columns.name == 'lamb_jit_step, rmsprop_jit_step, next step'
 
 def test_choice_that_changes():
-    "Another rule from the next step on; state that a step does not know stays where it is"
+    "Another rule from the next step on; state of another step is refused, before anything has changed"
     opt,_,ps,_ = _both('sgd and adam', 2)
     opt.choose = lambda p: 1
     new_grads(ps)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match='`adam_jit_step`, but its state is of another step: it has grad_avg, and no'):
+        opt.step()
+    assert same(snapshot(opt), before)
+    opt.clear_state()
     opt.step()
     assert {b.step for b in engine.buckets_of(opt)} == {adam_jit_step}
+
+def test_copy_of_a_rule_by_identity():
+    "A copy has other parameters, of which the rule knows nothing: each takes the step that its original took"
+    opt,_,ps,_ = _both('sgd and adam', 0)
+    first = {id(p) for p in ps[:5]}
+    opt.choose = lambda p: int(id(p) not in first)
+    new_grads(ps)
+    opt.step()
+    other = deepcopy(opt)
+    for i in range(3):
+        for o in (opt,other): new_grads(params_of(o), i); o.step()
+    assert all(map(torch.equal, params_of(opt), params_of(other)))
+
+def test_types_that_differ():
+    def whole(params:List[Tensor], grads:List[Tensor], lr:float, flag:int=1):
+        torch._foreach_add_(params, grads, alpha=-lr*flag)
+    def switch(params:List[Tensor], grads:List[Tensor], lr:float, flag:bool=True):
+        torch._foreach_add_(params, grads, alpha=-lr if flag else lr)
+    with pytest.raises(TypeError, match='`flag` is of type int in one step, and of bool in .*: give it two'):
+        JitOptimizer(parameters((3,)), [whole,switch], lr=0.1, choose=is_matrix)
 
 @pytest.mark.parametrize('kw,err,what', [
     (dict(opt_step=[sgd_jit_step,adam_jit_step]), TypeError, 'An optimizer of 2 steps needs a function `choose`'),
