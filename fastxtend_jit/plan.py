@@ -337,7 +337,7 @@ def run(self:Bucket,
 
 @patch
 def _store_copied(self:Bucket):
-    with OneByOne() if self.key.mesh else nullcontext():  # `DTensor`s do not know this call
+    with nullcontext() if self.key.mesh is None else OneByOne():  # `DTensor`s do not know this call
         for vector,numbers in self.copied: torch._foreach_copy_(numbers, vector.unbind())
 
 @patch
@@ -568,7 +568,7 @@ def _pattern(self:Roster, x, alike):
 
 @patch
 def _check_grads_apart(self:Roster, x, plan):
-    "Raise `ValueError` if a gradient overlaps memory that the step writes, or was freed, or two of that overlap"
+    "Raise `ValueError` if a gradient was freed or overlaps memory that the step writes, or if that overlaps itself"
     addresses = self._grads.addresses
     if addresses and addresses == plan.addresses: return
     known = {(i,g.data_ptr(),g.stride(),g.dtype) for i in plan.with_storage for g in [x.grads[i]]}
