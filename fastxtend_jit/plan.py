@@ -484,15 +484,15 @@ class Roster:
         p,g,stored,(step,states,alone) = x.params[i],x.grads[i],x.state.get(x.params[i], {}),x.takes[i]
         slot = Slot(i, self.names[i], group, p, to_local(p).numel(), stored, step, 'step' in step.args)
         if slot.counts: check_step_count(stored.get('step', 0), self.names[i])
+        with lasting():
+            for n in states:
+                t,like = (x.lists[n][i],p) if n in x.lists else (stored.get(n),g)
+                slot.add_state(n, t, like, n in step.scalar_state)
         needs = [n for n in (*states,*['step']*slot.counts) if n not in x.lists]
         if not alone and (has := [n for n in needs if n in stored]) and len(has) < len(needs):
             raise ValueError(f"{self.names[i]} takes `{step.__name__}`, but its state is of another step: it has "
                              f"{', '.join(has)}, and no {', '.join(n for n in needs if n not in has)}. Let it take the "
                              "step that it took, or clear its state.")
-        with lasting():
-            for n in states:
-                t,like = (x.lists[n][i],p) if n in x.lists else (stored.get(n),g)
-                slot.add_state(n, t, like, n in step.scalar_state)
         return slot
 
     def _memory_of(self, slots, x):

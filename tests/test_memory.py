@@ -178,6 +178,7 @@ def test_shared_state(case):
         return {k:v.clone() if isinstance(v, Tensor) and k != but else v for k,v in opt.state[p].items()}
     both = 'parameter 1 of group 0', 'parameter 0 of group 0'
     opt.state[q] = copied(name)
+    if len(opt.steps) > 1: return refused(opt, ValueError, both[0], 'its state is of another step')  # `q` was no matrix
     refused(opt, ValueError, f'state `{name}`', 'shares its memory with', *both)
     opt.state[q] = opt.state[p]
     refused(opt, ValueError, *both, 'one and the same dict')
