@@ -125,8 +125,7 @@ def _given_rest(rest, params):
             warnings.warn("No parameter takes Muon's step: the first and the last matrix take Adam's, and there is no "
                           "other. Pass `rest=[]` if they should take Muon's.", stacklevel=4)
         return ends
-    if isinstance(rest, (str,nn.Module)) or not hasattr(rest, '__iter__'): rest = [rest]
-    rest = [rest] if isinstance(rest, Tensor) else [*rest]
+    rest = [*rest] if hasattr(rest, '__iter__') and not isinstance(rest, (Tensor,str,nn.Module)) else [rest]
     if wrong := [type(o).__name__ for o in rest if not isinstance(o, Tensor)]:
         raise TypeError("`rest` has to be a list of parameters, as `muon_rest(model)` gives, "
                         f"but holds a `{wrong[0]}`.")

@@ -567,6 +567,20 @@ def _pattern(self:Roster, x, alike):
     return (*alike,),tuple([g is None for g in x.grads]),do_wd,*kinds
 
 @patch
+def _all_apart(self:Roster, new, x):
+    "Whether all parameters and state have memory of their own, in which none of the `new` gradients lies"
+    if self.written is False: return False
+    try:
+        if self.written is None: self.written = self._memory_of(self.slots, x)
+        self.written.check_grads(*([o[i] for i,*_ in new] for o in (x.grads,self.names)))
+    except ValueError:
+        self.written = self.written or False
+        return False
+    if len(self._safe) > 2**16: self._safe.clear()
+    self._safe.update(o for o in new if o[1] >= _no_address)
+    return True
+
+@patch
 def _check_grads_apart(self:Roster, x, plan):
     "Raise `ValueError` if a gradient was freed or overlaps memory that the step writes, or if that overlaps itself"
     addresses = self._grads.addresses
@@ -575,15 +589,7 @@ def _check_grads_apart(self:Roster, x, plan):
     new = sorted(known - self._safe, key=itemgetter(0))
     for i,at,*_ in new:
         if at < _no_address: check_grad(x.params[i], x.grads[i], self.names[i])
-    if self.written is None:
-        try: self.written = self._memory_of(self.slots, x)
-        except ValueError: self.written = False
-    try:
-        if not self.written: raise ValueError
-        self.written.check_grads(*([o[i] for i,*_ in new] for o in (x.grads,self.names)))
-        if len(self._safe) > 2**16: self._safe.clear()
-        self._safe.update(o for o in new if o[1] >= _no_address)
-    except ValueError:  # what takes no step now may share memory
+    if not self._all_apart(new, x):  # what takes no step now may share memory
         if plan.written is None: plan.written = self._memory_of([s for b in plan.buckets for s in b.slots], x)
         plan.written.check_grads(*([o[i] for i in plan.with_storage] for o in (x.grads,self.names)))
     plan.addresses = addresses

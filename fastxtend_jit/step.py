@@ -11,7 +11,8 @@ __all__ = ['ScriptFunction', 'autocast', 'ENGINE_ARGS', 'FASTAI_HYPERS', 'compil
 # %% ../nbs/00_step.ipynb #ff7d191f
 import inspect,signal,sys,threading,warnings
 from contextlib import contextmanager,nullcontext
-from functools import cache,cached_property,update_wrapper
+from functools import cache,cached_property,reduce,update_wrapper
+from operator import or_
 from types import FunctionType
 from typing import Callable,List,Optional
 
@@ -30,9 +31,9 @@ def _script(obj):
         warnings.simplefilter('ignore')
         return torch.jit.script(obj)
 
-autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)  # layers of PyTorch that compute in 16 bits
-for n in dir(torch._C.DispatchKey):
-    if n.startswith('Autocast'): autocast |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, n))
+_keys = torch._C.DispatchKey
+# layers of PyTorch's dispatcher that compute in 16 bits
+autocast = reduce(or_, (torch._C.DispatchKeySet(getattr(_keys, n)) for n in dir(_keys) if n.startswith('Autocast')))
 
 def no_modes():
     "A context without dispatch modes, such as `FakeTensorMode`"
