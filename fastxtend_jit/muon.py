@@ -40,7 +40,7 @@ def _orthogonal(x:Tensor, dtype:int) -> Tensor:
     if x.dtype != torch.float64: x = x.float()  # whose squares 16 bits may not hold
     # row by row: in one go, the sum of many squares loses digits
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=2, keepdim=True), dim=1, keepdim=True)
-    x = x.div(norm.clamp(min=1e-7)).to(to)
+    x = x.div(norm.clamp_min(1e-7)).to(to)
     tall = x.size(1) > x.size(2)
     if tall: x = x.transpose(1, 2)
     for _ in range(5):  # X ← aX + (bA + cA²)X with A = XXᵀ
