@@ -19,6 +19,7 @@ from .parity import WholeTable
 from .optimizer import JitOptimizer
 from .trial import same_random
 from .calls import Rehearsal
+from .plan import Call
 
 # %% ../nbs/21_explain.ipynb #9dd2c7ea
 @torch.no_grad()
@@ -45,9 +46,13 @@ def _one_by_one(calls):
     most = ', '.join(f'{n} {c}' for c,n in rest.most_common(3))
     return f'{rest.total()} of {calls.total()} calls take no list of tensors, above all {most}'
 
+def _run(bucket, form, grads, scalars):
+    "A rehearsal of one bucket by itself"
+    return _rehearse(Call([(0,bucket,form)]).run, bucket.key.device, grads, [scalars])
+
 def _why(step, bucket, form, grads, scalars, calls):
     "Why `bucket` takes no faster path than that of `calls`"
-    later = lambda: _path(_rehearse(bucket.run, bucket.key.device, form, grads, {**scalars, 'step':10_000}).calls)
+    later = lambda: _path(_run(bucket, form, grads, {**scalars, 'step':10_000}).calls)
     path = _path(calls)
     if path.startswith('fused'): why = []
     elif form.why: why = [form.why]
@@ -75,23 +80,23 @@ def _whose(choose, params):
 def _row(opt, bucket, form, grads, scalars):
     "What `explain` says of a bucket"
     key,ps = bucket.key,[s.param for s in bucket.slots]
-    r = _rehearse(bucket.run, key.device, form, grads, scalars)
-    wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd else 0.
+    r = _run(bucket, form, grads, scalars)
+    wd = opt.hypers[key.group].get('wd', 0.) if key.do_wd and 'wd' in bucket.step.hypers else 0.
     step = {'step':bucket.step.__name__, **_whose(opt.choose, ps)} if len(opt.steps) > 1 else {}
     return {**step, 'group': _ranges(bucket.groups), 'wd': wd, 'dtype': str(key.dtype)[6:], 'device': str(key.device),
-            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': len(bucket.lists(form, grads)[0]),
+            'tensors': len(ps), 'elements': sum(p.numel() for p in ps), 'batches': len(bucket.params_in(form)),
             'path': _path(r.calls),
             'why not faster': _why(bucket.step, bucket, form, grads, scalars, r.calls), **_cost(r)}
 
 @patch
 def explain(self:JitOptimizer) -> pd.DataFrame:
     "What the next step does, one row a bucket; changes nothing; raises `RuntimeError` before the first step"
-    x,_,calls,_ = self._prepare() if self._roster else (None,None,(),None)
-    if not calls:
+    x,plan,forms,scalars,_ = self._prepare() if self._roster else [None]*5
+    if not forms:
         raise RuntimeError("There is no step to explain yet. Take one first: train for a batch, or call `opt.step()` "
                            "after `backward()`. The same holds after `clear_state` (which `freeze` calls), after "
                            "`to_jit`, after loading or copying the optimizer, and while all gradients are `None`.")
-    rows = [_row(self, b, form, x.grads, s) for b,form,s in calls]
+    rows = [_row(self, b, form, x.grads, s) for b,form,s in zip(plan.buckets, forms, scalars)]
     after = _rehearse(self._after, x.params[0].device, x)
     if after.calls:
         why = 'a lookahead, after the step'

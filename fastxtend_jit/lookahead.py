@@ -94,8 +94,8 @@ class JitLookahead(JitOptimizer):
 
     def _commit(self, roster, x):
         slow = x.lists['slow_weights']
-        # they may come from a model in another memory format
-        with lasting(): slow[:] = map(laid_out_like, x.params, slow)
+        if roster.is_first:  # they may come from a model in another memory format
+            with lasting(): slow[:] = map(laid_out_like, x.params, slow)
         super()._commit(roster, x)
         self.slow_weights,self._owners = _in_groups(slow, x.groups),x.params
 

@@ -7,13 +7,14 @@ Docs: https://fastxtend.github.io/fastxtend_jit/memory.html.md"""
 # %% auto #0
 __all__ = ['has_storage', 'to_local', 'takes_lists', 'significant_strides', 'is_dense', 'is_dense_cpu', 'is_writable',
            'laid_out_like', 'flat_view', 'address_range', 'is_allocated', 'self_overlaps', 'overlapping', 'lasting',
-           'WrittenMemory']
+           'spans', 'WrittenMemory']
 
 # %% ../nbs/02_memory.ipynb #bb3d9094
-from bisect import bisect_left
+from bisect import bisect_left,bisect_right
 from contextlib import contextmanager,nullcontext
 from functools import cache
 from itertools import accumulate
+from operator import gt
 from typing import Callable
 
 import torch
@@ -96,7 +97,7 @@ def is_allocated(
     t:Tensor # Strided tensor
 ) -> bool:
     "Whether `t` has all of its memory, which some programs free for a while, as FSDP does"
-    if not has_storage(t) or t.device.type not in ('cpu','cuda') or t.numel() == 0 or t._is_zerotensor(): return True
+    if not has_storage(t) or not (t.is_cpu or t.is_cuda) or t.numel() == 0 or t._is_zerotensor(): return True
     start,end = address_range(t)
     return t.untyped_storage().nbytes() >= t.storage_offset()*t.element_size() + end-start
 
@@ -161,31 +162,49 @@ def lasting():
     return _lasting() if torch.is_inference_mode_enabled() or torch.is_grad_enabled() else nullcontext()
 
 # %% ../nbs/02_memory.ipynb #49c1e99c
+def spans(
+    ts:list, # Tensors
+    of:int=0 # Number of what they belong to
+) -> list:
+    "For each tensor that has memory `(start,end,of,position)`, with its address range; of a `DTensor`, its shard's"
+    locals_ = enumerate(map(to_local, ts))
+    return [(*address_range(t),of,k) for k,t in locals_ if has_storage(t) and t.numel() and t.data_ptr()]
+
 class WrittenMemory:
     "The memory that a step writes; raises `ValueError` if two of the tensors overlap"
     def __init__(self,
-        tensors:list # Pairs of name and tensor: parameters and their state
+        spans:list, # Where all tensors lie, parameters and their state
+        whose:Callable # Gives name and tensor for `of` and `position` of a span
     ):
-        if pair := overlapping([to_local(t) for _,t in tensors]):
-            a,b = (tensors[i][0] for i in pair)
+        self.starts,ends,*at = zip(*sorted(spans)) if spans else ((),(),(),())
+        self.ends,self.whose,self.at = [*accumulate(ends, max)],whose,[*zip(*at)]  # ends of all that start no later
+        if any(map(gt, self.ends, self.starts[1:])): self._refuse_overlaps()
+
+    def _overlapping(self, at, grads=()):
+        "Positions of the first two that share a byte, among tensors `at` these places and gradients, or `None`"
+        return overlapping([to_local(self.whose(*o)[1]) for o in at], grads)
+
+    def _refuse_overlaps(self):
+        if pair := self._overlapping(at := sorted(self.at)):
+            a,b = (self.whose(*at[k])[0] for k in pair)
             raise ValueError(f"{b} shares its memory with {a}, and a step writes to both: "
                              "give each a tensor of its own, or call `clear_state()`.")
-        spans = [(*address_range(t),n,t) for n,t in tensors if has_storage(t) and t.numel() and t.data_ptr()]
-        spans.sort(key=lambda o: o[:2])
-        self.starts,ends,self.names,self.tensors = map(list, zip(*spans)) if spans else ([],[],[],[])
-        self.ends = [*accumulate(ends, max)]  # of all ranges that start no later
 
     def check_grads(self,
         grads:list, # Gradients that the step reads
         names:list # Names of their parameters, for messages
     ):
         "Raise `ValueError` if a gradient overlaps this memory"
-        near = []
+        near,ranges = [],[]
         for name,g in zip(names, grads):
             start,end = address_range(g)
-            k = bisect_left(self.starts, end)
-            if k and self.ends[k-1] > start: near.append((name,g))
-        if near and (pair := overlapping(self.tensors, [g for _,g in near])):
-            name,where = near[pair[1]-len(self.tensors)][0],self.names[pair[0]]
+            first,stop = bisect_right(self.ends, start),bisect_left(self.starts, end)
+            if first < stop: near.append((name,g)); ranges.append((first,stop))
+        at,known = [],0
+        for first,stop in sorted(ranges):
+            at += self.at[max(first, known):stop]
+            known = max(known, stop)
+        if near and (pair := self._overlapping(at, [g for _,g in near])):
+            name,where = near[pair[1]-len(at)][0],self.whose(*at[pair[0]])[0]
             raise ValueError(f"The gradient of {name} lies in the memory of {where}, which a step writes: "
                              "give it memory of its own, by `clone()`.")

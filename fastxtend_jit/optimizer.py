@@ -263,25 +263,27 @@ def _alike(self:JitOptimizer):
     if len(every) == 1: return [0]
     try:
         values = [*map(of, self.hypers)]
+        if len({*values}) == 1: return [0]*len(values)
         first = dict(zip(reversed(values), reversed(every)))
         return [*map(first.__getitem__, values)]
     except (KeyError,TypeError): return [*every]  # lost or no numbers: each for itself
 
 @patch
 def _prepare(self:JitOptimizer):
-    "Inputs, plan, form and scalars of each bucket, and roster; raises if the step cannot be taken"
+    "Inputs, plan, the form and the scalars of each bucket, and roster; raises if the step cannot be taken"
     x = self._inputs()
-    roster = self._roster and self._roster.after(x) or Roster(x)
+    roster = self._roster.after(x) if self._roster else Roster(x)
     plan = roster.plan(x, self._alike())
-    engine_values,calls = self._engine_values(plan, x),[]
+    engine_values,forms,every = self._engine_values(plan, x),[],[]
     for b in plan.buckets:
         scalars = self._scalars(b.key, b.steps_taken, **engine_values)
         form = b.form(scalars, self._flags, x.grads)
         if 'fused' in scalars: scalars['fused'] = not form.why
-        calls.append((b,form,scalars))
-    for b,_,scalars in calls:
+        forms.append(form)
+        every.append(scalars)
+    for b,scalars in zip(plan.buckets, every):
         if b.step.check: b.step.check(**scalars)
-    return x,plan,calls,roster
+    return x,plan,forms,every,roster
 
 # Without the first of these layers of PyTorch's dispatcher autograd does not learn that parameters are written to, as
 # with `p.data`; without the others products are not in 16 bits, where a loop steps within `torch.autocast`
@@ -319,15 +321,15 @@ def step(self:JitOptimizer,
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure: "
                                                       "compute the loss and gradients, then call `step()`.")
     if 'accelerate.state' in sys.modules: _warn_of_accumulation(self)
-    x,plan,calls,roster = self._prepare()
-    is_new,self._roster = roster is not self._roster,None
+    x,plan,forms,scalars,roster = self._prepare()
+    calls,is_new,self._roster = plan.calls(forms),roster is not self._roster,None
     if is_new: self._commit(roster, x)
     with torch._C._ExcludeDispatchKeyGuard(_layers):
-        for bucket,form,scalars in calls:
-            try: bucket.run(form, x.grads, scalars)
+        for call in calls:
+            try: call.run(x.grads, scalars)
             except Exception: raise
-            except BaseException: bucket.count_step(); raise  # Ctrl-C arrives only after the kernels have returned
-            bucket.count_step()
+            except BaseException: call.count_step(); raise  # Ctrl-C arrives only after the kernels have returned
+            call.count_step()
         self._finish(x)
     self._roster = roster
     for s in self.steps: s.uses += 1

@@ -226,14 +226,16 @@ def _batched_plain(fn, lists, absent, scalars):
             for batch in zip(*args[:len(lists)]): fn(**dict(zip(lists, batch)), **rest)
     return batched
 
-def _batched(fn, lists, vectors, absent, scalars):
-    "`fn` over batches; of `lists`, `vectors` have one tensor a batch; `scalars` are pairs of name and type"
+def _batched(fn, lists, vectors, absent, scalars, each):
+    "`fn` over batches; of `lists`, `vectors` have one tensor a batch; `scalars` are pairs of name and type, lists if `each`"
     names = [*lists, *(n for n,_ in scalars)]
     if not isinstance(fn, ScriptFunction): return _batched_plain(fn, lists, absent, names[len(lists):])
     # The source finds `_step` by this name. Its own names are `a0`, `a1`, …, since a step's may be any
     _step = fn
-    types = ['List[Tensor]' if n in vectors else 'List[List[Tensor]]' for n in lists] + [to for _,to in scalars]
-    passed = [f'{n}=a{j}[i]' if n in lists else f'{n}=a{j}' for j,n in enumerate(names)] + [f'{n}=None' for n in absent]
+    types = ['List[Tensor]' if n in vectors else 'List[List[Tensor]]' for n in lists]
+    types += [f'List[{to}]' if each else to for _,to in scalars]
+    passed = [f'{n}=a{j}[i]' if each or n in lists else f'{n}=a{j}' for j,n in enumerate(names)]
+    passed += [f'{n}=None' for n in absent]
     return torch.jit.CompilationUnit(f"""
 def batched({', '.join(f'a{j}: {t}' for j,t in enumerate(types))}):
     for i in range(len(a0)):
@@ -255,14 +257,16 @@ def _hold_back_interrupts():
 @patch
 def batched(self:JitStep,
     states:tuple, # Names of the state in use; the step gets `None` for optional state that is not among them
-    compiled:bool=True # As TorchScript compiled it, or as plain Python?
+    compiled:bool=True, # As TorchScript compiled it, or as plain Python?
+    each:bool=False # Has each batch scalars of its own? Then they are lists; for a compiled step only
 ) -> Callable:
     "The step over batches: takes params, grads and each of `states` as lists of batches, then the scalars in order"
     fn,absent = self.compiled if compiled else self.fn,tuple(n for n in self.state if n not in states)
     scalars = tuple((n, to.__name__) for n,to in self.scalars.items())
-    if (fn,states) not in self._loops:  # kept by the step, which would never die in a cache for all steps
-        self._loops[fn,states] = _batched(fn, (*self.args[:2],*states), tuple(self.scalar_state), absent, scalars)
-    return self._loops[fn,states]
+    key = fn,states,each
+    if key not in self._loops:  # kept by the step, which would never die in a cache for all steps
+        self._loops[key] = _batched(fn, (*self.args[:2],*states), tuple(self.scalar_state), absent, scalars, each)
+    return self._loops[key]
 
 @patch
 def to_script(self:JitStep,

@@ -25,9 +25,17 @@ def roster_of(opt):
     "What is known of all parameters that have had a gradient"
     return opt._roster
 
+def slots_of(opt):
+    "What is known of each of these, by its position among all parameters"
+    return {**opt._roster.slots}
+
 def number_of_plans(opt):
     "How many choices of who steps together are kept"
     return len(opt._roster._plans)
+
+def keep_few_plans(monkeypatch):
+    "The last 16 choices of who steps together are kept, however few parameters they are of"
+    monkeypatch.setattr(plan, 'slots_kept', 0)
 
 def drop_plan(opt):
     "The next step looks at everything anew"
@@ -54,9 +62,14 @@ def buckets_of(opt):
     "Parameters that took a step together"
     return plan_of(opt).buckets
 
+def calls_of(opt):
+    "The calls in which the next step runs"
+    _,plan,forms,*_ = opt._prepare()
+    return plan.calls(forms)
+
 def why_not_fused(opt):
     "For each bucket, why it goes without the fused form of the step; empty if it takes it"
-    return [form.why for _,form,_ in opt._prepare()[2]]
+    return [form.why for form in opt._prepare()[2]]
 
 def number_of_forms(opt):
     "How many ways to run its buckets are kept"
@@ -110,7 +123,7 @@ def watch_scalars(monkeypatch):
     "Two lists that get the scalars of each trial of a fused form, and of each run of a bucket, which runs nothing"
     tried,ran = [],[]
     monkeypatch.setattr(trial, 'why_not_fused', lambda *args: tried.append(args[4]) or '')
-    monkeypatch.setattr(plan.Bucket, 'run', lambda self, form, grads, scalars: ran.append(scalars))
+    monkeypatch.setattr(plan.Call, 'run', lambda self, grads, scalars: ran.extend(scalars[k] for k in self.at))
     return tried,ran
 
 def watch_trials(monkeypatch):
@@ -162,12 +175,18 @@ def without_torchscript(monkeypatch):
 
 def replace_kernels(monkeypatch, opt, make):
     "`make(run)` in place of each call over batches that is made of the step of `opt`"
-    batched = type(opt.opt_step).batched
-    monkeypatch.setattr(type(opt.opt_step), 'batched', lambda self, *args: make(batched(self, *args)))
+    batched,made = type(opt.opt_step).batched,{}
+    def _batched(self, *args, **kw): run = batched(self, *args, **kw); return made.setdefault(run, make(run))
+    monkeypatch.setattr(type(opt.opt_step), 'batched', _batched)
+
+def interrupt_storing(monkeypatch):
+    "Ctrl-C while a step's lists are stored on TorchScript's side"
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(JitStep, 'to_script', stop)
 
 def replace_run(monkeypatch, opt, fn):
-    "`fn` in place of what runs the kernels of a bucket"
-    monkeypatch.setattr(plan.Bucket, 'run', lambda *_: fn())
+    "`fn` in place of what runs the kernels of a call"
+    monkeypatch.setattr(plan.Call, 'run', lambda *_: fn())
 
 def replace_lookahead(monkeypatch, fn):
     "`fn` in place of Lookahead's interpolation"

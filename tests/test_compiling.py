@@ -9,11 +9,11 @@ from torch import Tensor,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit import selfcheck
-from fastxtend_jit.step import JitStep,torchscript_ok
+from fastxtend_jit.step import JitStep,jit_step,torchscript_ok
 from tests.cases import *
 from tests.engine import (forget_trials,has_compiled,plan_of,refuse_to_compile,runs_compiled,set_compile_after,
                           watch_trials)
-from tests.support import slow_but
+from tests.support import new_grads,slow_but
 
 every = pytest.mark.parametrize('case', ALL, ids=str)
 
@@ -178,3 +178,21 @@ def test_torch_compile(case, what):
         return model.weight.detach()
     torch._dynamo.reset()
     assert torch.equal(weights(what), weights(''))
+
+def test_plain_while_groups_part(monkeypatch):
+    "What was compiled for other constants goes on for groups that part, after the step has turned plain"
+    set_compile_after(0, monkeypatch)
+    @jit_step(lazy=True)
+    def odd(params:List[Tensor], grads:List[Tensor], lr:float, big:bool=False):
+        if big: torch._foreach_mul_(params[:], 0.5)  # TorchScript drops it
+        torch._foreach_mul_(params, lr)
+    ps = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = JitOptimizer([[p] for p in ps], odd, lr=0.5)
+    def step(): new_grads(ps); opt.step()
+    step()
+    opt.big = True
+    with pytest.warns(UserWarning, match='plain Python'): step()
+    opt.big = False
+    opt.set_hyper('lr', [0.1,0.2])
+    step()
+    for p,lr in zip(ps, (0.1,0.2)): close(p, torch.full((2,), 0.125*lr), 1e-6)

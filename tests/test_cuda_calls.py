@@ -198,12 +198,16 @@ def fuser():
     yield
     switch(*old)
 
+@pytest.mark.parametrize('shapes', [[(4,3),(5,)],[(4,3)]*2])
+@pytest.mark.parametrize('groups', [1,2])
 @pytest.mark.parametrize('case', [None,*CASES], ids=str)
-def test_no_kernels_at_run_time(case, fuser):
+def test_no_kernels_at_run_time(case, groups, shapes, fuser, monkeypatch):
     "Allowed to, it makes none for ours: what it would take on CUDA it takes on a CPU too. It does for the example"
-    ps = with_grads([(4,3),(5,)], 'cpu')
+    engine.set_compile_after(0, monkeypatch)
+    ps = with_grads(shapes*groups, 'cpu')
     for p in ps: p.data.fill_(1.); p.grad.fill_(1.)
-    opt = case.make(ps, True) if case else JitOptimizer(ps, fusible, lr=0.1)
+    lists,lr = [ps[i::groups] for i in range(groups)],[0.1*(1+i) for i in range(groups)]
+    opt = case.make(lists, True, lr=lr) if case else JitOptimizer(lists, fusible, lr=lr)
     opt.step()
     engine.forget_compiled()  # the proof's trials, with lists of several lengths, would keep the fuser away
     engine.drop_plan(opt)

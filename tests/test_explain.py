@@ -109,6 +109,14 @@ def test_explain_buckets():
     assert shown() == [[0,0.1,'float32','cpu',5], [0,0.,'float32','cpu',6], [0,0.1,'float64','cpu',7],
                        [1,0.1,'float32','cpu',8]]
 
+def test_explain_a_step_without_decay():
+    "It takes no `wd`, so groups with different ones step together, and the table says 0"
+    def step(params:List[Tensor], grads:List[Tensor], lr:float): torch._foreach_add_(params, grads, alpha=-lr)
+    opt = JitOptimizer([[p] for p in parameters((2,), (2,))], step, lr=0.1, wd=0.1)
+    opt.set_hyper('wd', [0.1,0.2])
+    opt.step()
+    assert opt.explain()[['group','wd']].values.tolist() == [['0-1',0.]]
+
 def test_explain_scratch():
     def step(params:List[Tensor], grads:List[Tensor], lr:float):
         a = torch._foreach_mul(grads, 2.)

@@ -49,33 +49,48 @@ def test_interrupted_anywhere(case, steps, apart):
 @every
 @pytest.mark.parametrize('err', [KeyboardInterrupt,RuntimeError])
 @pytest.mark.parametrize('steps', [0,2])
-def test_interrupted_in_kernels(case, err, steps, monkeypatch):
-    """A Ctrl-C comes through when the kernels are done: this bucket's step counts
+@pytest.mark.parametrize('together', [False,True])
+def test_interrupted_in_kernels(case, err, steps, together, monkeypatch):
+    """A Ctrl-C comes through when the kernels are done: the steps of this call's buckets count
 
-    An error of a kernel stops it before it has begun"""
+    An error of a kernel stops it before it has begun. Compiled, buckets are together in a call"""
+    engine.set_compile_after(0 if together else 10**9, monkeypatch)
+    last = 1 if together else 2
     opt,ref = (trained(case, steps, shapes=((3,4),(3,4),(2,2))) for _ in range(2))  # a bucket for each group
     engine.prove(opt)
     runs = []
-    def stop_in_second(run):
+    def stop(run):
         def _run(*args):
             runs.append(args)
-            if len(runs) == 2 and err is RuntimeError: raise err
+            if len(runs) == last and err is RuntimeError: raise err
             run(*args)
-            if len(runs) == 2: raise err
+            if len(runs) == last: raise err
         return _run
-    engine.replace_kernels(monkeypatch, opt, stop_in_second)
+    engine.replace_kernels(monkeypatch, opt, stop)
     with pytest.raises(err): opt.step()
     monkeypatch.undo()
-    if err is RuntimeError:  # as if the second group had no gradient
+    if not (err is RuntimeError and together):  # else nothing has begun
         p = ref.param_lists[1][0]
-        g,p.grad = p.grad,None
+        g = p.grad
+        if err is RuntimeError: p.grad = None  # as if the second group had no gradient
         ref.step()
         p.grad = g
-    else: ref.step()
-    if hasattr(ref, 'count'): ref.count -= 1
+        if hasattr(ref, 'count'): ref.count -= 1
     for _ in range(2):
         for p,q in zip(params_of(opt), params_of(ref)): close(p, q, 0)
         for o in (opt,ref): o.step()
+
+def test_interrupted_while_lists_are_stored(monkeypatch):
+    "On TorchScript's side, before anything else: no step is counted that was not taken"
+    engine.interrupt_storing(monkeypatch)
+    opt = trained(ALL[2], 3)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(40):
+            before = [p.detach().clone() for p in params_of(opt)]
+            n = [st['step'] for st in opt.state.values()]
+            opt.step()
+    assert n == [st['step'] for st in opt.state.values()] and n[0] > 3
+    for p,q in zip(params_of(opt), before): assert torch.equal(p, q)
 
 def test_interrupted_lookahead(monkeypatch):
     "Counts as taken, as in fastai"

@@ -6,11 +6,13 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector,vector_to_parameters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastxtend_jit.bench import patterns
 from fastxtend_jit.calls import aten_calls
 from fastxtend_jit.launches import Launches
+from fastxtend_jit.step import jit_step
 from tests import engine
 from tests.cases import *
 from tests.support import every,new_grads,parameters,params_of,python_calls,refused,slow_but,split
@@ -59,9 +61,35 @@ def _random(opt, i, rng):
         if rng.random() < 0.1: opt.state[p]['do_wd'] = rng.random() < 0.5
     if i%5 == 2: opt.ps[5].grad = torch.ones_like(opt.ps[5]).contiguous(memory_format=torch.channels_last)
 
+def _moved(opt, i, rng):
+    "Parameters lie elsewhere: one, all, two that swap, one that comes back later; some have no gradient at the time"
+    if i%2: _keep(lambda k,i,rng: k%3)(opt, i, rng)
+    one,other = rng.sample([*range(0, len(SHAPES), 6)], 2)
+    p,q = (opt.ps[k] for k in (one,other))
+    if i%5 == 0: vector_to_parameters(parameters_to_vector(opt.ps).detach(), opt.ps)
+    elif i%5 == 1: p.data = p.data.clone()
+    elif i%5 == 2:
+        values = p.data.clone(),q.data.clone()
+        p.data,q.data = q.data,p.data
+        for t,v in zip((p.data,q.data), values): t.copy_(v)
+    elif i%5 == 3: opt.was = p,p.data; p.data = p.data.clone()
+    else: p,data = opt.was; data.copy_(p.data); p.data = data
+
+def _state(opt, i, rng):
+    "State is copied, taken away, stored in another dict, its values are set; some of it has no gradient at the time"
+    if i%2: _keep(lambda k,i,rng: rng.random() < 0.7)(opt, i, rng)
+    for k in rng.sample(range(len(SHAPES)), 4):
+        p,st = opt.ps[k],opt.state[opt.ps[k]]
+        what = rng.randrange(5)
+        if what == 0: opt.state[p] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n,v in st.items()}
+        elif what == 1: opt.state.pop(p)
+        elif what == 2: st.clear()
+        elif what == 3: opt.state[p] = {**st}
+        elif st.get('step'): st['step'] += 2
+
 SETS = dict(halves=_keep(lambda k,i,rng: k%2 == i%2), thirds=_keep(lambda k,i,rng: rng.random() < 2/3),
             thawed=_keep(lambda k,i,rng: k >= 24 - 2*i), none=_keep(lambda k,i,rng: i%3 > 0), rates=_rates,
-            random=_random)
+            random=_random, moved=_moved, state=_state)
 
 @pytest.mark.parametrize('what', SETS)
 @pytest.mark.parametrize('case', slow_but(ALL+TWO_AHEAD, ALL+TWO_AHEAD+CASES), ids=str)
@@ -83,6 +111,7 @@ def test_own_number_for_each_parameter(what):
     for i in range(20):
         new_grads(ps, i)
         if what != 'rates': SETS[what](opt, i, random.Random(i))
+        taken = [n if opt.state.get(p) else 0 for p,n in zip(ps, taken)]
         opt.set_hyper('lr', 0.1)
         opt.step()
         for k,(p,q) in enumerate(zip(ps, qs)):
@@ -112,10 +141,131 @@ def test_sets_that_come_back(case, monkeypatch):
 def test_sets_that_do_not_come_back(case, monkeypatch):
     "All parameters are looked at once, and no more than some choices are kept"
     opt = _pair(case)[1]
+    engine.keep_few_plans(monkeypatch)
     _train([opt], 1, lambda *_: None)
     roster = engine.roster_of(opt)
     _train([opt], 60, SETS['thirds'])
-    assert engine.roster_of(opt) is roster and engine.number_of_plans(opt) <= 16
+    assert engine.roster_of(opt) is roster and engine.number_of_plans(opt) == 16
+
+@every
+def test_parameters_that_move(case, monkeypatch):
+    "Nothing else is looked at anew, neither for one nor for all"
+    opt = _pair(case)[1]
+    _train([opt], 4, SETS['halves'])
+    made,roster = _plans_made(monkeypatch),engine.roster_of(opt)
+    for ps in (opt.ps[:1],opt.ps):
+        for p in ps: p.data = p.data.clone()
+        _train([opt], 2, SETS['halves'], seed=4)
+    assert not made and engine.roster_of(opt) is roster
+
+@every
+def test_state_that_is_replaced(case):
+    "It is used from then on, the old one is freed, and no other is looked at, unless all have a number each"
+    opt = _pair(case)[1]
+    _train([opt], 2, lambda *_: None)
+    p,slots = opt.ps[4],engine.slots_of(opt)
+    st,index = opt.state[p],next(i for i,s in slots.items() if s.param is p)
+    old = [ref(t) for t in st.values() if isinstance(t, torch.Tensor)]
+    opt.state[p] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n,v in st.items()}
+    del st
+    _train([opt], 1, lambda *_: None)
+    new = {i for i,s in engine.slots_of(opt).items() if s is not slots[i]}
+    assert new == ({*slots} if opt.opt_step.scalar_state else {index})
+    del slots
+    assert not any(o() is not None for o in old)
+
+@every
+def test_state_taken_from_the_idle(case):
+    "Once another set takes a step, its memory is free"
+    opt = _pair(case)[1]
+    _train([opt], 2, SETS['halves'])
+    old = [ref(t) for p in opt.ps[1::2] for t in opt.state[p].values() if isinstance(t, torch.Tensor)]
+    for p in opt.ps[1::2]: del opt.state[p]
+    _train([opt], 1, _keep(lambda k,i,rng: k%2 == 0))
+    assert not any(o() is not None for o in old)
+
+@every
+def test_few_of_many(case):
+    "A step of two parameters calls no more functions where many more have been trained"
+    def calls(n):
+        ps = parameters(*[(4,)]*n)
+        opt = case.make(ps, True)
+        new_grads(ps)
+        opt.step()
+        for p in ps[2:]: p.grad = None
+        for _ in range(30): opt.step()
+        return python_calls(opt.step)
+    few,many = calls(10),calls(400)
+    assert many < 1.2*few + 2*400  # that there is none is asked for each
+
+def test_memory_after_a_move():
+    "Parameters that move are kept apart, also from gradients; what they have left is free"
+    ps = parameters((4,), (4,), (4,))
+    opt = adam_jit(ps, lr=0.1)
+    def grads(): new_grads(ps); return [p.grad for p in ps]
+    for _ in range(2): grads(); opt.step()
+    both,left = torch.ones(8),ps[0].data
+    ps[0].data = both[:4]
+    grads(); opt.step()
+    ps[1].grad = left  # nobody's by now
+    opt.step()
+    ps[1].grad = both[2:6]
+    refused(opt, ValueError, 'gradient of parameter 1', 'lies in the memory of parameter 0')
+    grads()
+    ps[2].data = both[3:7]
+    refused(opt, ValueError, 'parameter 2', 'shares its memory with parameter 0')
+    ps[2].grad = None  # takes no step
+    opt.step()
+    ps[2].data,ps[2].grad = both[4:],torch.ones(4)
+    opt.step()
+    ps[0].data = ps[1].grad.data  # which was its own so far
+    refused(opt, ValueError, 'gradient of parameter 1', 'lies in the memory of parameter 0')
+
+def test_memory_moved_and_back():
+    "While another set takes a step: what is known of the address in between is void"
+    def steps(opt, *sets):
+        for s in sets:
+            for i,p in enumerate(ps): p.grad = torch.ones_like(p) if i in s else None
+            if s is not sets[-1]: opt.step()
+    for both in (True,False):
+        p,q = ps = parameters((4,), (4,))
+        opt = adam_jit(ps, lr=0.1)
+        steps(opt, {0,1}, {0}, {1}, {0,1}, {0}, {0})
+        here,p.data = p.data,p.data.clone()
+        opt.step()
+        if both: q.data = here; steps(opt, {1}, {0,1})
+        else: steps(opt, {0,1}); q.grad = here
+        p.data = here
+        refused(opt, ValueError, 'memory of' if not both else 'shares its memory', 'parameter 0')
+
+@every
+def test_idle_parameter_laid_out_anew(case):
+    "While another gets its first gradient"
+    opts = []
+    for jit in (False,True):
+        ps = parameters(*[(3,4)]*3, dtype=torch.float64)
+        opts.append(case.make(ps, jit))
+        opts[-1].ps = ps
+    def before(opt, i, rng):
+        for k,p in enumerate(opt.ps):
+            if k not in ({1,2} if i == 2 else {0,1}): p.grad = None
+        if i == 2: opt.ps[0].data = opt.ps[0].data.t().contiguous().t()
+    _train(opts, 5, before)
+    _same(opts)
+
+def test_gradients_where_idle_parameters_were():
+    "They cost little more than elsewhere, not a look at all parameters at each step"
+    ps,memory = parameters(*[(4,)]*200),torch.ones(2,100,4)
+    for p,t in zip(ps[100:], memory[0]): p.data = t
+    opt = adam_jit(ps, lr=0.1)
+    new_grads(ps)
+    opt.step()
+    for p in ps[100:]: p.grad,p.data = None,p.data.clone()
+    def calls(there):
+        for p,t in zip(ps, there): p.grad = t
+        return python_calls(opt.step)
+    for _ in range(2): calls(memory[1])
+    assert calls(memory[0]) < 4*calls(memory[1].clone())
 
 @every
 def test_cost_of_a_new_set(case):
@@ -161,6 +311,36 @@ def test_groups_that_differ(case):
     few,many = _grouped(case, 3, distinct=3),_grouped(case, 20, distinct=3)
     for o in (few,many): o.step()
     assert len(engine.buckets_of(many)) == 3 and aten_calls(few.step) == aten_calls(many.step)
+
+@every
+def test_groups_that_differ_in_one_call(case, monkeypatch):
+    "Once steps are compiled, buckets that differ in scalars only run in one call, in pieces too, with fastai's numbers"
+    engine.set_compile_after(0, monkeypatch)
+    for size in (2**21,10):
+        engine.use_batches_of(monkeypatch, size)
+        opts = _pair(case, 12)
+        def before(opt, i, rng):
+            if i > 1: _random(opt, i, rng)
+            opt.set_hyper('lr', [0.01*(1 + (k+i)%5) for k in range(12)])
+        _train(opts, 12, before)
+        _same(opts)
+        steps = {b.step for b in engine.buckets_of(opts[1])}
+        assert len(engine.calls_of(opts[1])) == len(steps) < len(engine.buckets_of(opts[1]))
+
+def test_random_numbers_in_groups_that_differ(monkeypatch):
+    "They come in one order, together in a call or not"
+    @jit_step(lazy=True, elementwise=True)
+    def noisy(params:list[torch.Tensor], grads:list[torch.Tensor], lr:float):
+        for p in params: p.add_(torch.randn_like(p)*lr)
+    res = []
+    for after in (10**9,0):
+        engine.set_compile_after(after, monkeypatch)
+        big,small = parameters((5000,), (5000,)),parameters(*[(3,)]*30)
+        opt = JitOptimizer([[big[0],*small[::2]],[big[1],*small[1::2]]], noisy, lr=[0.1,0.2])
+        torch.manual_seed(0)
+        opt.step()
+        res.append(params_of(opt))
+    for p,q in zip(*res): assert torch.equal(p, q)
 
 @pytest.mark.parametrize('gen', ['old','new'])
 @every
