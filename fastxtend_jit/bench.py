@@ -467,12 +467,25 @@ def _grad(have):
         for k,(p,g) in enumerate(zip(ps, grads)): p.grad = g if have(k, i, rng) else None
     return pattern
 
+def _random_layer(opt, ps, grads, i, rng):
+    layer = rng.randrange(len(ps)//2)
+    for k,(p,g) in enumerate(zip(ps, grads)): p.grad = g if k//2 == layer else None
+
 def _fresh(opt, ps, grads, i, rng):
     for p in ps: p.grad = None
     for p,g in zip(ps, grads): p.grad = g.clone()
 
 def _turned(opt, ps, grads, i, rng):
     for p,g in zip(ps, grads): p.grad = g.t().contiguous().t() if g.dim() == 2 and i%2 else g
+
+def _wider(opt, ps, grads, i, rng):
+    for p,g in zip(ps, grads): p.grad = g.new_empty(*g.shape[:-1], g.shape[-1]+i+1)[...,:-i-1].copy_(g)
+
+def _moved(which):
+    "Put parameters `which(i, n)`, of step and number of parameters, at another address"
+    def pattern(opt, ps, grads, i, rng):
+        for p in ps[which(i, len(ps))]: p.data = p.data.clone()
+    return pattern
 
 def _hyper(name, values):
     "Set a hyper to `values(i, n)`, of step and number of groups"
@@ -488,7 +501,13 @@ patterns = {
     'two halves take turns': _grad(lambda k,i,rng: k%2 == i%2),
     'a random third has none': _grad(lambda k,i,rng: rng.random() < 2/3),
     'thawed block by block, every 5 steps': _grad(lambda k,i,rng: k >= 112 - i//5*8%120),
+    'eight blocks take turns': _grad(lambda k,i,rng: k//15 == i%8),
+    'the last layer, after all': _grad(lambda k,i,rng: i == 0 or k >= 118),
+    'one layer at random': _random_layer,
     'another layout at each second step': _turned,
+    'strides that were never there': _wider,
+    'one parameter at another address': _moved(lambda i,n: slice(i%n, i%n+1)),
+    'all parameters at other addresses': _moved(lambda i,n: slice(n)),
     '`wd` is 0 at each second step': _hyper('wd', lambda i,n: 0. if i%2 else _wd),
     '`do_wd` is set at each step': _do_wd,
     'a learning rate for each group': _hyper('lr', lambda i,n: [_lr*(1+k/n) for k in range(n)]),

@@ -13,7 +13,7 @@ LARGE    = ['xresnet18','xresnet50','vit_b_16']
 OF_LIMIT = dict(adam=0.9, radam=0.9, sgd_l2=0.9, rmsprop=0.85, ranger=0.85, sgd=0.85, qhadam=0.75, larc=0.55, lamb=0.5)
 SPEED    = {('many_small','larc'):5, ('many_small','lamb'):7, ('tabular','larc'):2.5, ('tabular','lamb'):2.5}
 ENGINE   = {'engine overhead a parameter, many_small, µs':1.5, 'engine overhead a parameter, 1,000 tensors, µs':1.5,
-            'step a tensor, with 10,000 of them against 1,000':1.5, '100 groups of 10 tensors against one of 1,000':3,
+            'step a tensor, with 10,000 of them against 1,000':1.5, '100 groups of 10 tensors against one of 1,000':1.1,
             'many_small after 2,000 steps against a new optimizer':1.1,
             'import of fastxtend_jit.all after fastai, s':1.5}
 
