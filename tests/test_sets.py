@@ -61,6 +61,8 @@ def _random(opt, i, rng):
         if rng.random() < 0.1: opt.state[p]['do_wd'] = rng.random() < 0.5
     if i%5 == 2: opt.ps[5].grad = torch.ones_like(opt.ps[5]).contiguous(memory_format=torch.channels_last)
 
+def _copied(st): return {n: v.clone() if isinstance(v, torch.Tensor) else v for n,v in st.items()}
+
 def _moved(opt, i, rng):
     "Parameters lie elsewhere: one, all, two that swap, one that comes back later; some have no gradient at the time"
     if i%2: _keep(lambda k,i,rng: k%3)(opt, i, rng)
@@ -81,7 +83,7 @@ def _state(opt, i, rng):
     for k in rng.sample(range(len(SHAPES)), 4):
         p,st = opt.ps[k],opt.state[opt.ps[k]]
         what = rng.randrange(5)
-        if what == 0: opt.state[p] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n,v in st.items()}
+        if what == 0: opt.state[p] = _copied(st)
         elif what == 1: opt.state.pop(p)
         elif what == 2: st.clear()
         elif what == 3: opt.state[p] = {**st}
@@ -166,7 +168,7 @@ def test_state_that_is_replaced(case):
     p,slots = opt.ps[4],engine.slots_of(opt)
     st,index = opt.state[p],next(i for i,s in slots.items() if s.param is p)
     old = [ref(t) for t in st.values() if isinstance(t, torch.Tensor)]
-    opt.state[p] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n,v in st.items()}
+    opt.state[p] = _copied(st)
     del st
     _train([opt], 1, lambda *_: None)
     new = {i for i,s in engine.slots_of(opt).items() if s is not slots[i]}
@@ -180,9 +182,21 @@ def test_state_taken_from_the_idle(case):
     opt = _pair(case)[1]
     _train([opt], 2, SETS['halves'])
     old = [ref(t) for p in opt.ps[1::2] for t in opt.state[p].values() if isinstance(t, torch.Tensor)]
-    for p in opt.ps[1::2]: del opt.state[p]
+    for p in opt.ps[1::4]: del opt.state[p]
+    for p in opt.ps[3::4]: opt.state[p] = _copied(opt.state[p])
     _train([opt], 1, _keep(lambda k,i,rng: k%2 == 0))
     assert not any(o() is not None for o in old)
+
+@every
+def test_state_replaced_within_its_dict(case):
+    "Of the idle, as where it is moved to another device: its memory is free in a few steps"
+    opt = _pair(case)[1]
+    _train([opt], 3, SETS['halves'])
+    idle = [(opt.state[p],n) for p in opt.ps[1::2] for n,v in opt.state[p].items() if isinstance(v, torch.Tensor)]
+    old = [ref(st[n]) for st,n in idle]
+    for st,n in idle: st[n] = st[n].clone()
+    _train([opt], 16, _keep(lambda k,i,rng: k%2 == 0))
+    assert old and not any(o() is not None for o in old)
 
 @every
 def test_few_of_many(case):
@@ -428,8 +442,12 @@ def test_do_wd_of_numpy():
     ps = parameters((3,), (2,))
     opts = [f([*map(torch.nn.Parameter, (p.detach().clone() for p in ps))], lr=0.1, wd=0.1) for f in (Adam,adam_jit)]
     for o in opts:
-        o.state[params_of(o)[1]]['do_wd'] = np.array(False)
-        for i in range(3): new_grads(params_of(o), i); o.step()
+        p,q = params_of(o)
+        o.state[q]['do_wd'] = np.array(False)
+        for i in range(6):
+            new_grads([p,q], i)
+            if i == 4: o.state[p]['step'] += 2
+            o.step()
     for p,q in zip(*map(params_of, opts)): close(q, p, 1e-6)
 
 def test_strides_that_are_always_new():
