@@ -295,9 +295,8 @@ def _untraced(f):
     set_eval_frame,set_grad = torch._C._dynamo.eval_frame.set_eval_frame,torch._C._set_grad_enabled
     @wraps(f)
     def as_it_is(*args, **kwargs):
-        callback,grad = set_eval_frame(None),torch.is_grad_enabled()
-        set_grad(False)
-        try: return f(*args, **kwargs)
+        grad,callback = torch.is_grad_enabled(),set_eval_frame(None)
+        try: set_grad(False); return f(*args, **kwargs)
         finally: set_grad(grad); set_eval_frame(callback)
     as_it_is._torchdynamo_disable = True  # a caller that is compiled breaks its graph here
     return as_it_is

@@ -24,7 +24,9 @@ def interrupted(opt, n):
     sys.settrace(trace)
     try: opt.step()
     except Interrupt: return True
-    finally: sys.settrace(old)
+    finally:
+        sys.settrace(old)
+        torch.set_grad_enabled(True)  # left off where the `finally` that puts it back is interrupted
     return False
 
 @every
