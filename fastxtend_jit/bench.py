@@ -469,7 +469,7 @@ def _grad(have):
 
 def _random_layer(opt, ps, grads, i, rng):
     layer = rng.randrange(len(ps)//2)
-    for k,(p,g) in enumerate(zip(ps, grads)): p.grad = g if k//2 == layer else None
+    _grad(lambda k,i,rng: k//2 == layer)(opt, ps, grads, i, rng)
 
 def _fresh(opt, ps, grads, i, rng):
     for p in ps: p.grad = None

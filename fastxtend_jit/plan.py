@@ -445,7 +445,7 @@ def has_its_state(self:Slot,
     x:Inputs # What the next step finds
 ) -> bool:
     "Whether its state is what it was, and where it was"
-    state = [x.lists[n][self.index] if n in x.lists else self.stored.get(n) for n in self.state]
+    state = self._found(x, self.stored)
     if not self.is_stored(x) or not same(state, [*self.state.values()]): return False
     return all(f((self.param,*state)[k]) == v for (k,f),v in zip(self.reads, self.seen) if k)
 
@@ -453,6 +453,11 @@ def has_its_state(self:Slot,
 def _stored_now(self:Slot, x):
     "What the optimizer keeps now; nothing may have no place"
     return x.state.get(self.param, None if self.stored else self.stored)
+
+@patch
+def _found(self:Slot, x, stored):
+    "Its state, as kept in lists or in the dict `stored`; `None` for what is not there"
+    return [x.lists[n][self.index] if n in x.lists else stored.get(n) for n in self.state]
 
 def _looks_like(t, look): return isinstance(t, Tensor) and _look(t) == look and is_allocated(t)
 
@@ -473,9 +478,9 @@ def again(self:Slot,
     stored = self._stored_now(x)
     if not self.looks or self.step.scalar_state or stored is None or self.counts and 'step' not in stored: return None
     if self.counts: check_step_count(stored['step'], self.name)
-    state = {n: x.lists[n][self.index] if n in x.lists else stored.get(n) for n in self.state}
-    if not all(map(_looks_like, (self.param,*state.values()), self.looks)): return None
-    return replace(self, stored=stored, state=state).read()
+    state = self._found(x, stored)
+    if not all(map(_looks_like, (self.param,*state), self.looks)): return None
+    return replace(self, stored=stored, state=dict(zip(self.state, state))).read()
 
 def _get(f, of):
     try: return f(of)
